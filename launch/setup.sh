@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Make .venv beside the sources and install pkd with what it runs on; `setup.sh tests` adds what the tests need.
+# A second call finds the same requirements installed and does nothing. PYTHON names another interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    echo "setup: Python 3.10 or newer is needed, found $("$python" --version 2>&1 || true): set PYTHON to one" >&2
+    exit 2
+fi
+extra=${1:+[$1]}
+stamp=.venv/installed-${1:-base}
+wanted=$(cat requirements.txt pyproject.toml | cksum)
+if [[ -x .venv/bin/python && -f $stamp && $(cat "$stamp") == "$wanted" ]]; then
+    exit 0
+fi
+[[ -x .venv/bin/python ]] || "$python" -m venv .venv
+echo "setup: installing pkd$extra into .venv (a minute or more)"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".$extra"
+echo "$wanted" > "$stamp"

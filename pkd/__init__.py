@@ -1,0 +1,3 @@
+"""Pyramid knowledge distillation across GPUs."""
+
+__version__ = "0.1.0"

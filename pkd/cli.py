@@ -1,0 +1,156 @@
+"""The commands; the only place that exits.
+
+Exit codes: 0 done, or stopped by a signal with everything saved; 2 a mistake that the user can mend, said in one
+sentence; 3 a hang; 1 anything else, with the traceback in the rank's log.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from pkd.console import Console
+from pkd.errors import LocalError, UserError
+from pkd.launcher import Launch, read_launch
+
+COMMANDS = {
+    "plan": "print who would be where; starts nothing",
+    "teach": "train the pyramid's teachers",
+    "distill": "train the students from the teachers",
+    "evaluate": "read the test split and write summary.json",
+    "export": "write students as safetensors and JSON",
+    "predict": "classify image files",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="pkd", description="Pyramid knowledge distillation across GPUs.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        own = commands.add_parser(name, help=text, description=text)
+        if name in ("plan", "teach", "distill"):
+            own.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with pkd")
+        else:
+            own.add_argument("run", type=Path, help="the run folder")
+        if name in ("plan", "teach", "distill", "evaluate"):
+            own.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
+        if name in ("teach", "distill"):
+            own.add_argument("--run", type=Path, help="run folder (default: runs/<name of the recipe>)")
+            own.add_argument("--steps", type=_positive, help="end after so many optimizer steps: a smoke run")
+        if name == "evaluate":
+            own.add_argument("--steps", type=_positive, help="read only so many test images: a smoke run")
+        if name == "teach":
+            own.add_argument("--teacher", metavar="NAME", help="train this one only")
+        if name == "plan":
+            own.add_argument("--world", type=_positive, default=1, help="number of ranks")
+            own.add_argument("--json", action="store_true", help="print the plan as JSON")
+        if name in ("export", "predict"):
+            own.add_argument("--student", metavar="NAME", help="this one instead of the ensemble")
+        if name == "export":
+            own.add_argument("--to", type=Path, required=True, help="a new folder")
+        if name == "predict":
+            own.add_argument("images", nargs="+", type=Path)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # deepspeed's launcher adds --local_rank=N; the environment says the same.
+    arguments = parser().parse_args([a for a in argv if not a.startswith(("--local_rank", "--local-rank"))])
+    try:
+        launch = read_launch(os.environ)
+    except UserError as error:
+        print(f"pkd: {error}", file=sys.stderr)
+        return 2
+    if arguments.command in ("teach", "distill"):
+        return train(arguments, launch)
+    console = Console()
+    try:
+        single(arguments, console)
+        return 0
+    except UserError as error:
+        console.error(f"pkd: {error}")
+        return 2
+
+
+def single(arguments: argparse.Namespace, console: Console) -> None:
+    """The commands that run as one process."""
+    if arguments.command == "plan":
+        import json
+
+        from pkd.plan import plan
+        from pkd.recipe_file import load_recipe
+
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        found = plan(recipe, arguments.world, Console(quiet=True) if arguments.json else console)
+        if arguments.json:
+            console.report(json.dumps(found, indent=2))
+    elif arguments.command == "evaluate":
+        from pkd.evaluate import evaluate
+
+        evaluate(arguments.run, console, arguments.overrides, arguments.steps)
+    elif arguments.command == "export":
+        from pkd.export import export
+
+        export(arguments.run, arguments.to, arguments.student, console)
+    else:
+        from pkd.export import predict
+
+        predict(arguments.run, arguments.images, arguments.student, console)
+
+
+def train(arguments: argparse.Namespace, launch: Launch) -> int:
+    """`teach` or `distill` on one rank of many. Ends the process itself after a failure: other ranks may be gone, and
+    the interpreter's own clean-up would wait for them or abort.
+    """
+    from pkd.stop import catch_signals
+
+    catch_signals()
+    console = Console(quiet=launch.rank != 0, capture=True)
+    job = None
+    try:
+        from pkd.recipe_file import load_recipe
+
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        from pkd.job import Job  # from here on the slow imports
+
+        job = Job(recipe, arguments.run or Path("runs") / recipe.name, arguments.command, launch, console)
+        job.open()
+        if arguments.command == "teach":
+            from pkd.teach import teach
+
+            outcome = teach(job, arguments.teacher, arguments.steps)
+        else:
+            from pkd.distill import distill
+            from pkd.distill_setup import Setup
+
+            outcome = distill(Setup(job, arguments.steps))
+        job.close(outcome)
+        return 0
+    except UserError as error:
+        _end(console, job, launch.rank == 0 or isinstance(error, LocalError), str(error), 2)
+    except Exception as error:  # whatever it is, it is told once, logged whole, and ends this process
+        traceback.print_exc()
+        sys.stderr.flush()
+        _end(console, job, True, f"rank {launch.rank} failed ({type(error).__name__}: "
+                                   f"{str(error).splitlines()[0] if str(error) else 'no message'}); "
+                                   f"the traceback is in {console.log}", 1)
+
+
+def _end(console: Console, job, speaks: bool, sentence: str, code: int) -> None:
+    """Say it once for the whole job, then leave at once; speaks: whether this rank does, where no store can tell."""
+    console.end_progress()
+    if job is not None:
+        speaks, code = job.claim(sentence, code)
+    if speaks:
+        console.error(f"pkd: {sentence}")
+    console.discard_log()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, found {text!r}")
+    return int(text)

@@ -1,0 +1,89 @@
+"""What a person sees: progress and results from one rank, errors once, everybody's chatter in a log file a rank.
+
+torch, DeepSpeed and their C++ parts write to the process's own output. It is sent to a file from the start, first a
+temporary one, then logs/ in the run folder, while pkd keeps the real output for itself.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Console:
+    """quiet: this rank reports nothing but errors. With `capture`, other output of the process goes to its log."""
+
+    def __init__(self, quiet: bool = False, capture: bool = False):
+        self.quiet, self.log, self._bar, self._task = quiet, None, None, None
+        self._out, self._err = sys.stdout, sys.stderr
+        if capture:
+            self._out = os.fdopen(os.dup(1), "w", buffering=1)
+            self._err = os.fdopen(os.dup(2), "w", buffering=1)
+            handle, name = tempfile.mkstemp(prefix="pkd-", suffix=".log")
+            os.close(handle)
+            self._redirect(Path(name))
+        self.rich = RichConsole(file=self._out, highlight=False, width=None if self._out.isatty() else 120)
+
+    def log_into(self, path: Path) -> None:
+        """Move the chatter so far to `path` and send the rest there."""
+        if self.log is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        before = self.log
+        with open(path, "ab") as new, open(before, "rb") as old:
+            shutil.copyfileobj(old, new)
+        self._redirect(path)
+        before.unlink()
+
+    def discard_log(self) -> None:
+        """Remove a log that never found a run folder."""
+        if self.log and self.log.parent == Path(tempfile.gettempdir()):
+            self.log.unlink(missing_ok=True)
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            self.rich.print(text, markup=False)
+
+    def show(self, table) -> None:
+        if not self.quiet:
+            self.rich.print(table)
+
+    def report(self, text: str) -> None:
+        """A line from whichever rank did the work, in one write, so that ranks do not mix."""
+        self._out.write(f"{text}\n")
+        self._out.flush()
+
+    def error(self, sentence: str) -> None:
+        self._err.write(f"{sentence}\n")
+        self._err.flush()
+
+    def progress(self, text: str, done: int, total: int) -> None:
+        """The moving line of a terminal; nothing elsewhere."""
+        if self.quiet or not self._out.isatty():
+            return
+        if self._bar is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self.rich, transient=True)
+            self._task = self._bar.add_task(text, total=total)
+            self._bar.start()
+        self._bar.update(self._task, description=text, completed=done, total=total)
+
+    def end_progress(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _redirect(self, path: Path) -> None:
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        os.close(handle)
+        self.log = path
+        print(f"-- {time.strftime('%Y-%m-%d %H:%M:%S')} pid {os.getpid()}", flush=True)

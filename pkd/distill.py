@@ -1,0 +1,160 @@
+"""Distillation: one loop for teacher ranks, one for student ranks; in other placements the student loop does both.
+
+One batch on a student rank: Distillation.train_epoch -> Engine.train_step -> pyramid_loss -> Engine.backward.
+One teacher's logits: TeacherHost.answer -> Exchange.send -> Exchange.take -> Unpacker.unpack -> pyramid_loss.
+"""
+
+import time
+
+import torch
+import torch.distributed as dist
+
+from pkd.ballot import Vote
+from pkd.distill_setup import Setup
+from pkd.engine import Engine
+from pkd.loss import pyramid_loss
+from pkd.metrics import peak_memory
+from pkd.network_file import derived_seed
+from pkd.progress import Progress
+from pkd.validate import validate
+
+
+def distill(setup: Setup) -> str:
+    """Run this rank's role to the end; "finished" or "stopped" (by a signal on any rank, and resumable)."""
+    start = setup.resume_point()
+    if setup.role == "teacher":
+        return teach_along(setup, start["epoch"], start["step"])
+    return Distillation(setup, start).run()
+
+
+def teach_along(setup: Setup, epoch: int, first: int) -> str:
+    """The loop of a rank that only answers for teachers."""
+    job, ballot, exchange = setup.job, setup.ballot, setup.exchange
+    while epoch < setup.epochs:
+        last = setup.last_step(epoch)
+        setup.compare_views(epoch)
+        ballot.open(first, last)
+        for step in range(first, last):
+            exchange.fill(epoch, step)  # may run ahead of the students; only sending needs their consent
+            job.beat(f"epoch {epoch}", step, "the ballot of all ranks")
+            if not ballot.permit(step):
+                break
+            ballot.cast(step, Vote(stop=job.stop_wanted()))
+            exchange.send(step)
+            job.steady()
+        votes = ballot.close()
+        exchange.drain()
+        broken = -ballot.maximum([0.0, peak_memory(job.world.device), float("-inf")])[2]
+        setup.refuse_broken(epoch, votes.broken, broken)
+        if votes.stop:
+            return "stopped"
+        epoch, first = epoch + 1, 0
+    return "finished"
+
+
+class Distillation:
+    """The loop of a student rank."""
+
+    def __init__(self, setup: Setup, start: dict):
+        self.setup, self.job, self.recipe = setup, setup.job, setup.job.recipe
+        self.device = self.job.world.device
+        settings = list(self.recipe.students)
+        self.engine = Engine(setup.student_networks(), settings, setup.ds_config,
+                             setup.placement.accumulation, self.device, self.recipe.distill.sync_batch_norm)
+        self.progress = Progress(setup, self.engine)
+        self.progress.restore(start["checkpoint"])
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.micro = setup.schedule.micro_batches(self.ranks, self.rank, setup.placement.accumulation)
+        self.broken: tuple[int, int] | None = None  # (step, student) of a loss that was not finite
+
+    def run(self) -> str:
+        setup, progress = self.setup, self.progress
+        while progress.epoch < setup.epochs:
+            setup.compare_views(progress.epoch)
+            stopped = self.train_epoch(progress.epoch, progress.step, setup.last_step(progress.epoch))
+            if stopped or setup.cut_short(progress.epoch):
+                progress.save("saving")
+            if stopped:
+                return "stopped"
+            self.end_epoch()
+        progress.finish()
+        return "finished"
+
+    def train_epoch(self, epoch: int, first: int, last: int) -> bool:
+        """Steps [first, last) of an epoch, or fewer if the ranks agree to stop; whether they did."""
+        setup, job, ballot, exchange = self.setup, self.job, self.setup.ballot, self.setup.exchange
+        window, sums = self.recipe.window, self.progress.sums
+        began = time.perf_counter()
+        ballot.open(first, last)
+        for step in range(first, min(first + window, last)):
+            exchange.fill(epoch, step)
+            exchange.send(step)
+        for step in range(first, last):
+            job.beat(f"epoch {epoch}", step, "soft targets or the ballot")
+            if not ballot.permit(step):
+                break
+            ballot.cast(step, Vote(job.stop_wanted(), self.progress.save_is_due(), self.broken))
+            ahead = step + window
+            if ahead < last and ballot.permit(ahead):
+                exchange.fill(epoch, ahead)
+                exchange.send(ahead)
+            waited = time.perf_counter()
+            routes, flat = exchange.take(step)
+            sums.wait += time.perf_counter() - waited
+            self.train_step(epoch, step, routes, flat)
+            self.progress.step = step + 1
+            sums.seconds += time.perf_counter() - began
+            began = time.perf_counter()
+            if ballot.after(step).save:
+                self.progress.save("saving")
+                began = time.perf_counter()
+            job.steady()
+            self.progress.show(epoch, step, last)
+        votes = ballot.close()
+        exchange.drain()
+        code = -(self.broken[0] * 2**16 + self.broken[1]) if self.broken else float("-inf")
+        memory_student, memory_teacher, broken = ballot.maximum([peak_memory(self.device), 0.0, code])
+        self.progress.memory = {"student": int(memory_student), "teacher": int(memory_teacher)}
+        setup.refuse_broken(epoch, votes.broken, -broken)
+        return votes.stop
+
+    def train_step(self, epoch: int, step: int, routes, flat: torch.Tensor) -> None:
+        """One optimizer step: every micro batch of this rank."""
+        setup, engine = self.setup, self.engine
+        ids = setup.schedule.global_batch(epoch, step)
+        total_step = epoch * setup.schedule.steps_per_epoch + step
+        engine.set_rates(self.progress.rates.at(total_step))
+        self.progress.sums.steps += 1
+        losses = 0
+        for index, micro in enumerate(self.micro):
+            mine = torch.from_numpy(ids[micro])
+            images = setup.views.batch(mine, epoch).to(self.device, non_blocking=True)
+            labels = setup.labels[mine].to(self.device, non_blocking=True)
+            levels = setup.unpacker.unpack(routes, flat, micro, self.device)
+            # Dropout and the like: the same draws however the run was interrupted.
+            torch.manual_seed(derived_seed(self.recipe.seed, total_step, index, self.rank))
+            logits = engine.train_step(images)
+            loss, terms = pyramid_loss(logits, labels, levels, setup.schedule.batch, setup.constants)
+            engine.backward(loss)
+            self.progress.sums.add(terms)
+            losses = losses + terms["loss"]
+        self.progress.trace(total_step, losses)
+        self.notice_broken(step, losses)
+
+    def notice_broken(self, step: int, losses: torch.Tensor) -> None:
+        """Remember a student whose loss is not finite; the next ballot tells everyone."""
+        if self.broken is None and not bool(torch.isfinite(losses).all()):
+            self.broken = (step, int((~torch.isfinite(losses)).nonzero()[0]))
+
+    def end_epoch(self) -> None:
+        """Validation, schedules, best weights, one line of metrics, a checkpoint."""
+        setup, progress = self.setup, self.progress
+        self.job.beat("validation", group="the students' island")
+        self.engine.refresh_copies()
+        networks = list(self.engine.copies.values())
+        validation = setup.data.splits["validation"]
+        scores = validate(networks, setup.views, validation.numpy(), setup.labels[validation], self.device,
+                          lambda: self.job.beat("validation"))
+        progress.end_epoch(scores)
+
+

@@ -1,0 +1,158 @@
+"""Everything that both loops of a distillation share, made in the same order on every rank."""
+
+import torch
+
+from pkd import checkpoint
+from pkd.ballot import Ballot
+from pkd.cost import teacher_costs
+from pkd.ds_config import load_ds_config
+from pkd.errors import UserError
+from pkd.exchange import Exchange
+from pkd.files import read_json, write_json
+from pkd.job import Job
+from pkd.models import Network
+from pkd.network_file import fresh, read_teacher
+from pkd.objective import asked, constants
+from pkd.placement import Placement, place
+from pkd.recipe_file import digest
+from pkd.schedule import Router, Schedule
+from pkd.targets import Unpacker
+from pkd.teacher import TeacherHost
+from pkd.views import Views
+
+EXAMPLES = 8  # samples whose views the ranks compare
+
+
+class Setup:
+    """steps: the limit of --steps, or None."""
+
+    def __init__(self, job: Job, steps: int | None):
+        self.job, self.data, self.limit = job, job.data, steps
+        recipe, world = job.recipe, job.world
+        self.ds_config = load_ds_config(recipe.deepspeed.students)
+        self.labels = self.data.labels
+        self.views = Views(self.data, recipe.views, recipe.seed)
+        self.schedule = Schedule(self.data.splits["train"].numpy(), recipe.distill.batch, recipe.seed)
+        if self.schedule.steps_per_epoch == 0:
+            raise UserError(f"distill.batch is {recipe.distill.batch}, but there are only {len(self.schedule.samples)} "
+                            "training images: lower it")
+        self.epochs = recipe.distill.epochs if steps is None else self._epochs_of(steps)
+        self.constants = constants(recipe, job.pyramid.levels)
+        self.asked = asked(recipe.objective.kind, job.pyramid)
+        self.placement = self._place()
+        self.role = self.placement.role(world.rank)
+        job.watchdog.role = self.role
+        names = [teacher.name for teacher in job.pyramid.teachers]
+        sources = [[names.index(name) for name in source.teachers] for source in self.placement.sources]
+        router = Router(job.pyramid, sources, self.constants.own)
+        self.unpacker = Unpacker(job.pyramid, self.asked)
+        self.teacher_hashes = self._check_teachers(names)
+        self.ballot = Ballot(world.bridge("ballot", list(range(world.size))), recipe.window, recipe.ballot_every)
+        self.exchange = Exchange(world, self.placement, self.schedule, router, self.labels.numpy(), recipe.window,
+                                 self._host(sources))
+        if self.role == "student":
+            world.join_island("students", list(range(self.placement.student_ranks)))
+        job.beat("placed")
+
+    def resume_point(self) -> dict:
+        """Where to start: {"checkpoint": path or None, "epoch", "step"}; decided by rank 0."""
+        def decide():
+            path, remarks = checkpoint.newest(self.job.run.checkpoints)
+            for remark in remarks:
+                self.job.console.say(remark)
+            if path is None:
+                return {"checkpoint": None, "epoch": 0, "step": 0}
+            progress = read_json(path / "state.json")["progress"]
+            for key, mine in (("teachers", self.teacher_hashes), ("fingerprint", self.data.fingerprint)):
+                if progress[key] != mine:
+                    raise UserError(f"checkpoint {path} was made with other {'data' if key == 'fingerprint' else key} "
+                                    "than there are now: restore them, or give another folder with --run")
+            self.job.console.say(f"resuming from {path} (epoch {progress['epoch']}, step {progress['step']})")
+            return {"checkpoint": str(path), "epoch": progress["epoch"], "step": progress["step"]}
+        return self.job.world.first("resume", decide)
+
+    def student_networks(self) -> dict[str, Network]:
+        recipe = self.job.recipe
+        return {s.name: fresh(s.model, len(self.data.classes), self.data, recipe.seed, f"student {s.name}")
+                for s in recipe.students}
+
+    def last_step(self, epoch: int) -> int:
+        """Steps of an epoch: all of them, or what --steps leaves."""
+        whole = self.schedule.steps_per_epoch
+        return whole if self.limit is None else max(0, min(whole, self.limit - epoch * whole))
+
+    def cut_short(self, epoch: int) -> bool:
+        return self.last_step(epoch) < self.schedule.steps_per_epoch
+
+    def compare_views(self, epoch: int) -> None:
+        """Refuse to train where ranks see different pixels for the same samples."""
+        if not self.job.recipe.compare_views:
+            return
+        examples = torch.from_numpy(self.schedule.order(epoch)[:EXAMPLES].copy())
+        mine = self.views.checksum(examples, epoch)
+        self.job.beat(f"epoch {epoch}: comparing views", 0, "the ballot of all ranks")
+        largest, smallest = self.ballot.maximum([mine, -mine])
+        if largest != -smallest:
+            raise UserError(f"ranks see different views of the same {EXAMPLES} samples in epoch {epoch} (checksums from "
+                            f"{int(-smallest):08x} to {int(largest):08x}): give every node the same data and the same "
+                            "versions of torchvision and Pillow")
+
+    def refuse_broken(self, epoch: int, voted: tuple[int, int] | None, late: float) -> None:
+        """End the run, on every rank alike, if a student's loss was not finite; the earliest one is named."""
+        found = [voted] if voted else []
+        if late != float("inf"):
+            found.append(divmod(int(late), 2**16))
+        if found:
+            step, student = min(found)
+            step += epoch * self.schedule.steps_per_epoch
+            name = self.job.recipe.students[student].name
+            raise UserError(f"the loss of student {name} was not finite at step {step}, so all ranks stopped: lower its "
+                            "lr, or set warmup_steps or clip, and start in another --run folder")
+
+    def _epochs_of(self, steps: int) -> int:
+        return min(self.job.recipe.distill.epochs, -(-steps // self.schedule.steps_per_epoch))
+
+    def _place(self) -> Placement:
+        recipe, world, path = self.job.recipe, self.job.world, self.job.run.path / "placement.json"
+
+        def decide():
+            wish = digest([recipe.placement.model_dump(mode="json"), recipe.distill.batch])
+            if path.exists():
+                before = read_json(path)
+                if before.get("wish") == wish and before.get("placement", {}).get("world") == world.size:
+                    return before["placement"]
+            costs = teacher_costs(recipe, self.job.pyramid, self.data, self.asked, self.constants.own)
+            placement = place(recipe, world.size, costs).to_json()
+            write_json(path, {"wish": wish, "placement": placement})
+            return placement
+        placement = Placement.from_json(world.first("placement", decide))
+        self.job.console.say(describe(placement))
+        return placement
+
+    def _check_teachers(self, names: list[str]) -> dict[str, str]:
+        """sha256 of every asked teacher's weights, checked by rank 0 before anything is trained."""
+        teachers = [self.job.pyramid.teachers[index] for index in self.asked]
+
+        def decide():
+            return {t.name: self._read_teacher(t)[1]["sha256"] for t in teachers}
+        return self.job.world.first("teachers", decide)
+
+    def _read_teacher(self, teacher):
+        return read_teacher(self.job.run.teachers, self.job.recipe, teacher, self.data, complete=self.limit is None)
+
+    def _host(self, sources: list[list[int]]) -> TeacherHost | None:
+        ranks = [source.rank for source in self.placement.sources]
+        if self.job.world.rank not in ranks:
+            return None
+        index = ranks.index(self.job.world.rank)
+        networks = {i: self._read_teacher(self.job.pyramid.teachers[i])[0] for i in sources[index]}
+        bf16 = self.job.recipe.teachers.forward == "bf16"
+        return TeacherHost(index, networks, self.views, self.job.world.device, bf16)
+
+
+def describe(placement: Placement) -> str:
+    """The rank map as a person reads it."""
+    students = f"ranks 0-{placement.student_ranks - 1}" if placement.student_ranks > 1 else "rank 0"
+    lines = [f"{placement.kind}: students on {students} of {placement.world}"]
+    lines += [f"  rank {source.rank}: {', '.join(source.teachers)}" for source in placement.sources]
+    return "\n".join(lines)

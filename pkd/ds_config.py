@@ -1,0 +1,82 @@
+"""DeepSpeed configurations by name (ds_configs/) or path, checked against what pkd needs and what DeepSpeed can do."""
+
+import json
+from pathlib import Path
+
+from pkd.errors import UserError, nearest
+from pkd.shipped import is_file, shipped_file, shipped_names
+
+# Set by pkd for every engine, and refused in a file if it says otherwise. pkd steps once per optimizer step of its own
+# counting and averages over the true number of samples, so DeepSpeed's batch sizes are only bookkeeping.
+OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler")
+
+
+def load_ds_config(name: str) -> dict:
+    """The JSON object of ds_configs/<name>.json or of the file `name`. Raises UserError."""
+    path = Path(name) if Path(name).suffix == ".json" else shipped_file("ds_configs", name + ".json")
+    if path is None or not is_file(path):
+        raise UserError(f"DeepSpeed configuration {name} was asked for, but there is no such file in ds_configs/"
+                        f"{nearest(name, shipped_names('ds_configs'))}: there are "
+                        f"{', '.join(shipped_names('ds_configs'))}, or give a path ending in .json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"DeepSpeed configuration {name} cannot be read as JSON: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+        raise UserError(f"DeepSpeed configuration {name} must be a JSON object with an object zero_optimization")
+    _check(config, name)
+    return config
+
+
+def precision(config: dict) -> str:
+    """'bf16', 'fp16' or 'fp32': the dtype of the weights that forward and backward use."""
+    return next((kind for kind in ("bf16", "fp16") if config.get(kind, {}).get("enabled")), "fp32")
+
+
+def stage(config: dict) -> int:
+    """The ZeRO stage, 0 to 3."""
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def _check(config: dict, name: str) -> None:
+    owned = [key for key in OWNED if key in config]
+    if owned:
+        raise UserError(f"DeepSpeed configuration {name} sets {owned[0]}, which the recipe decides: remove it there")
+    for kind in ("bf16", "fp16"):
+        if not isinstance(config.get(kind, {}), dict):
+            raise UserError(f"DeepSpeed configuration {name}: {kind} must be an object such as {{\"enabled\": true}}")
+    if stage(config) not in (0, 1, 2, 3):
+        raise UserError(f"DeepSpeed configuration {name}: zero_optimization.stage must be 0, 1, 2 or 3, "
+                        f"found {stage(config)!r}")
+    if config.get("gradient_clipping", 0):
+        raise UserError(f"DeepSpeed configuration {name} sets gradient_clipping, which would clip all students by one "
+                        "common norm: remove it and set clip for each student in the recipe")
+    if precision(config) == "fp16" and stage(config) == 0:
+        raise UserError(f"DeepSpeed configuration {name} asks for fp16 with ZeRO 0, whose loss scaling is unsound: "
+                        "use ZeRO 1, 2 or 3, or bf16")
+    if config.get("bf16", {}).get("enabled") and config.get("fp16", {}).get("enabled"):
+        raise UserError(f"DeepSpeed configuration {name} enables both bf16 and fp16: choose one")
+
+
+def engine_config(config: dict, ranks: int, accumulation: int, elements: int) -> dict:
+    """`config` completed for an engine of `elements` parameters over `ranks` ranks, `accumulation` micro batches a step.
+
+    Buckets larger than the model are cut to its size: DeepSpeed allocates them whole, whatever the model.
+    """
+    zero = dict(config.get("zero_optimization", {}))
+    if stage(config):
+        buckets = ["reduce_bucket_size", "stage3_prefetch_bucket_size" if stage(config) == 3 else "allgather_bucket_size"]
+        zero.update({bucket: min(zero.get(bucket, elements), elements) for bucket in buckets})
+    if stage(config) == 3:
+        zero.setdefault("stage3_param_persistence_threshold", 0)  # else small tensors stay whole on every rank
+    return {
+        "steps_per_print": 10**9,
+        "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
+        **config,
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": ranks * accumulation,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }

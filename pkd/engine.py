@@ -1,0 +1,118 @@
+"""A DeepSpeed engine over the current island for an ensemble: one parameter group a network, states by name.
+
+Used by both loops that train: students in `distill`, a teacher in `teach`.
+"""
+
+import copy
+
+import torch
+import torch.distributed as dist
+
+from pkd import state
+from pkd.ds_config import engine_config, stage
+from pkd.ensemble import Ensemble
+from pkd.models import Network
+from pkd.norm import set_group
+from pkd.optimizer import GroupOptimizer, parameter_group, state_keys
+from pkd.recipe import Optimisation
+
+
+class Engine:
+    """networks: name -> network, freshly built and equal on every rank; settings: one a network."""
+
+    def __init__(self, networks: dict[str, Network], settings: list[Optimisation], ds_config: dict,
+                 accumulation: int, device: torch.device, sync_batch_norm: bool = False):
+        import deepspeed
+
+        # Its CPU back end would compile a shared-memory operator, a minute and a C++ compiler, that training never uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.names = tuple(networks)
+        # What is validated, kept and exported: fp32 weights (averaged ones where asked) and mean batch statistics.
+        self.copies = {name: copy.deepcopy(network).to(device).eval() for name, network in networks.items()}
+        ensemble = Ensemble(networks)
+        if sync_batch_norm:
+            set_group(ensemble, dist.group.WORLD)
+        groups = [parameter_group(name, list(network.parameters()), own)
+                  for (name, network), own in zip(networks.items(), settings)]
+        elements = sum(p.numel() for p in ensemble.parameters())
+        self.optimizer = GroupOptimizer(groups)
+        self.ranks = dist.get_world_size()
+        config = engine_config(ds_config, self.ranks, accumulation, elements)
+        self.ds = deepspeed.initialize(model=ensemble, optimizer=self.optimizer, config=config)[0]
+        self.optimizer.partitioned = stage(ds_config) > 0
+        self.optimizer.ready = True
+        self.scale = self.ranks * accumulation  # DeepSpeed averages over ranks and micro batches; our losses are sums
+
+    def train_step(self, images: torch.Tensor) -> torch.Tensor:
+        """Forward of one micro batch: logits, fp32 [networks, samples, classes]."""
+        return self.ds(images)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradient of one micro batch's share of the step's loss; the last micro batch's call also takes the step."""
+        self.ds.backward(loss * self.scale)
+        self.ds.step()
+
+    def set_rates(self, rates: list[float]) -> None:
+        for group, rate in zip(self.ds.optimizer.param_groups, rates):
+            group["lr"] = rate
+
+    def refresh_copies(self) -> None:
+        """Bring self.copies up to date with the training weights; a collective."""
+        for index, name in enumerate(self.names):
+            key = "ema" if self.optimizer.param_groups[index]["ema"] else state.WEIGHTS
+            weights = state.read(self.ds, self.optimizer, index, key)
+            prefix = f"networks.{index}."
+            values = {k.removeprefix(prefix): v for k, v in weights.items()}
+            self.copies[name].load_state_dict({**values, **mean_statistics(self.ds.module.networks[index])})
+
+    def network_state(self, index: int) -> dict[str, torch.Tensor]:
+        """{"weights/<parameter>", "momentum_buffer/<parameter>", ...: fp32 tensor} of one network; a collective."""
+        out, prefix = {}, f"networks.{index}."
+        for key in [state.WEIGHTS, *state_keys(self.optimizer.param_groups[index])]:
+            values = state.read(self.ds, self.optimizer, index, key)
+            out.update({f"{key}/{name.removeprefix(prefix)}": value for name, value in values.items()})
+        return out
+
+    def load_network_state(self, index: int, saved: dict[str, torch.Tensor], steps: int) -> None:
+        """The inverse of network_state; `steps` is what steps_taken gave. A collective."""
+        prefix = f"networks.{index}."
+        for key in [state.WEIGHTS, *state_keys(self.optimizer.param_groups[index])]:
+            values = {prefix + name.removeprefix(f"{key}/"): value for name, value in saved.items()
+                      if name.startswith(f"{key}/")}
+            state.write(self.ds, self.optimizer, index, key, values)
+        state.set_steps_taken(self.ds, self.optimizer, index, steps)
+
+    def steps_taken(self) -> list[int]:
+        return [state.steps_taken(self.ds, self.optimizer, index) for index in range(len(self.names))]
+
+    @property
+    def loss_scale(self) -> dict[str, float] | None:
+        """State of fp16's dynamic loss scale, or None."""
+        scaler = getattr(self.ds.optimizer, "loss_scaler", None)
+        keys = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        return {k: getattr(scaler, k) for k in keys if hasattr(scaler, k)} if self.ds.fp16_enabled() else None
+
+    @loss_scale.setter
+    def loss_scale(self, saved: dict[str, float] | None) -> None:
+        for key, value in (saved or {}).items():
+            setattr(self.ds.optimizer.loss_scaler, key, value)
+
+    def close(self) -> None:
+        self.ds.destroy()
+
+
+def statistics(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """This rank's own batch statistics (the buffers of a network that its state dict holds)."""
+    kept = network.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in network.named_buffers() if name in kept}
+
+
+def mean_statistics(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The mean over ranks of every batch statistic, for evaluation; nothing is written back. A collective."""
+    out = {}
+    for name, buffer in statistics(network).items():
+        shares = [torch.empty_like(buffer) for _ in range(dist.get_world_size())]
+        dist.all_gather(shares, buffer.contiguous())
+        # In rank order and float64, so that the mean does not depend on how the reduction travels.
+        out[name] = torch.stack(shares).double().mean(0).to(buffer.dtype)
+    return out

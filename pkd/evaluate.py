@@ -1,0 +1,129 @@
+"""The test split, read once per call and counted: students, their ensemble, and each teacher within its classes."""
+
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from pkd.console import Console
+from pkd.data import DataSet, load_data
+from pkd.errors import UserError
+from pkd.files import read_json, read_lines, write_json
+from pkd.models import Network
+from pkd.network_file import read_network, read_teacher
+from pkd.objective import asked
+from pkd.pyramid import build_pyramid
+from pkd.recipe import Recipe
+from pkd.recipe_file import parse_recipe
+from pkd.run_folder import RunFolder
+from pkd.validate import validate
+from pkd.views import Views
+
+
+def evaluate(path: Path, console: Console, overrides: list[str], limit: int | None) -> dict:
+    """Write and return summary.json of a finished run; limit: read only so many test images (a smoke run).
+
+    Raises UserError for a run that is not finished.
+    """
+    run = RunFolder(path)
+    students = finished_students(run, smoke=limit is not None)
+    recipe = recipe_of(run, overrides)
+    torch.set_num_threads(recipe.threads)
+    run.open(recipe, "evaluate")
+    data = load_data(recipe.data)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    views = Views(data, recipe.views, recipe.seed)
+    test = data.splits["test"][:limit]
+    networks = [network.to(device) for network, _ in students]
+    facts = [facts for _, facts in students]
+    scores = validate(networks, views, test.numpy(), data.labels[test], device, lambda: None)
+    done = read_json(run.students / "students.json")
+    lines = read_lines(run.metrics)
+    before = read_json(path / "summary.json")["test_readings"] if (path / "summary.json").exists() else 0
+    summary = {
+        "recipe": recipe.name, "identity": read_json(path / "run.json")["identity"], "seed": recipe.seed,
+        "world_size": done["world_size"], "placement": done["placement"], "complete": done["complete"],
+        "teachers": _teachers(run, recipe, data, views, limit, device),
+        "students": {own["name"]: {"accuracy": accuracy, "loss": loss, "parameters": own["parameters"],
+                                   "validation_accuracy": own["validation"]["accuracy"]}
+                     for own, accuracy, loss in zip(facts, scores.accuracy, scores.loss)},
+        "ensemble": {"accuracy": scores.ensemble_accuracy, "loss": scores.ensemble_loss,
+                     "parameters": sum(own["parameters"] for own in facts)},
+        "test_images": len(test), "test_readings": before + 1,
+        "images_per_second": sorted(line["images_per_second"] for line in lines)[len(lines) // 2] if lines else 0.0,
+        "wall_seconds": sum(line["seconds"] for line in lines),
+    }
+    write_json(path / "summary.json", summary)
+    console.show(table(summary))
+    console.say(f"test images {len(test)}, read {before + 1} time(s); run folder: {path}")
+    return summary
+
+
+def finished_students(run: RunFolder, smoke: bool) -> list[tuple[Network, dict]]:
+    """The students of a run and what their JSON files say. Raises UserError where it is not finished."""
+    if not run.path.is_dir():
+        raise UserError(f"run folder {run.path} does not exist: give the folder that pkd distill wrote")
+    if run.state("distill") != "finished":
+        raise UserError(f"run {run.path} is not finished (distill: {run.state('distill')}): start pkd distill again, "
+                        "it goes on where it stopped")
+    done = read_json(run.students / "students.json")
+    if not done["complete"] and not smoke:
+        raise UserError(f"run {run.path} was cut short by --steps after {done['epochs']} epoch(s): run pkd distill "
+                        "without --steps to finish it, or pass --steps here as well")
+    return [read_network(run.students / name) for name in done["students"]]
+
+
+def recipe_of(run: RunFolder, overrides: list[str]) -> Recipe:
+    """The recipe that a run folder was made with; overrides may change its free part, such as data.path."""
+    from pkd.recipe_file import _override
+
+    record = read_json(run.path / "run.json")
+    tree = merged(record["recipe"], record["free"])
+    tree.pop("dtypes", None)
+    for override in overrides:
+        _override(tree, override)
+    return parse_recipe(tree, str(run.path / "run.json"))
+
+
+def merged(a: dict, b: dict) -> dict:
+    """b laid over a, dictionary by dictionary."""
+    out = dict(a)
+    for key, value in b.items():
+        out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def table(summary: dict) -> Table:
+    out = Table(title=f"{summary['recipe']}, seed {summary['seed']}: accuracy on {summary['test_images']} test images")
+    for column, justify in (("", "left"), ("classes", "right"), ("parameters", "right"), ("accuracy %", "right")):
+        out.add_column(column, justify=justify)
+    for name, teacher in summary["teachers"].items():
+        out.add_row(f"teacher {name}", str(len(teacher["classes"])), f"{teacher['parameters']:,}",
+                    f"{100 * teacher['accuracy']:.1f}")
+    out.add_section()
+    for name, student in summary["students"].items():
+        out.add_row(f"student {name}", "all", f"{student['parameters']:,}", f"{100 * student['accuracy']:.1f}")
+    out.add_section()
+    out.add_row("ensemble of students", "all", f"{summary['ensemble']['parameters']:,}",
+                f"{100 * summary['ensemble']['accuracy']:.1f}")
+    return out
+
+
+def _teachers(run: RunFolder, recipe: Recipe, data: DataSet, views: Views, limit: int | None,
+              device: torch.device) -> dict:
+    """Each teacher that the objective asked, on the test images of its own classes."""
+    pyramid = build_pyramid(recipe.pyramid, data.classes, recipe.seed)
+    out = {}
+    for index in asked(recipe.objective.kind, pyramid):
+        teacher = pyramid.teachers[index]
+        network, facts = read_teacher(run.teachers, recipe, teacher, data, complete=limit is None)
+        local = torch.full((len(data.classes),), -1)
+        local[list(teacher.classes)] = torch.arange(len(teacher.classes))
+        test = data.splits["test"][:limit]
+        ids = test[local[data.labels[test]] >= 0]
+        scores = validate([network.to(device).eval()], views, ids.numpy(), local[data.labels[ids]], device,
+                          lambda: None)
+        out[teacher.name] = {"level": teacher.level, "classes": list(teacher.classes),
+                             "accuracy": scores.accuracy[0], "test_images": len(ids),
+                             "parameters": facts["parameters"]}
+    return out

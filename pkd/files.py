@@ -1,0 +1,108 @@
+"""Files that are whole or absent: written beside, synced, renamed. Reading them back never unpickles anything."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from pkd.errors import UserError
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Raises UserError where the disk is full or the folder not writable; what was there before stays."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise unwritable(path, error, len(content)) from None
+
+
+def write_json(path: Path, tree) -> None:
+    write_bytes(path, (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file of tensors on any device."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(whole, metadata))
+
+
+def read_json(path: Path) -> dict:
+    """Raises UserError where the file is missing or no JSON object."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is needed, but it is not there") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged and cannot be read as JSON ({error}): delete it or restore it") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return tree
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises UserError where it is missing or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is needed, but it is not there") from None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is damaged and cannot be read as safetensors ({error}): delete it or restore "
+                        "it") from None
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a JSON-lines file; a last line that a killed process left half written is passed over."""
+    objects = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            objects.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return objects
+
+
+def append_line(path: Path, tree: dict) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(tree) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise unwritable(path, error, 0) from None
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
+            hashlib.sha256(file.read()).hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a crash of the machine."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def unwritable(path: Path, error: OSError, size: int) -> UserError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free
+        return UserError(f"{path} ({size} bytes) could not be written, {error.strerror.lower()} ({free} bytes free): "
+                         "make room and start the same command again, nothing that was saved is lost")
+    return UserError(f"{path} could not be written ({error.strerror}): check that the folder exists and is yours")

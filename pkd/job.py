@@ -1,0 +1,88 @@
+"""What both training phases need around them: signals, the watchdog, the run folder, the data, this rank's console."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from pkd.console import Console
+from pkd.data import DataSet, load_data
+from pkd.launcher import Launch
+from pkd.pyramid import Pyramid, build_pyramid
+from pkd.recipe import Recipe
+from pkd.run_folder import RunFolder
+from pkd.stop import signalled
+from pkd.watchdog import Watchdog
+from pkd.world import World
+
+
+class Job:
+    """One rank of `teach` or `distill`, from its start to its end."""
+
+    def __init__(self, recipe: Recipe, path: Path, phase: str, launch: Launch, console: Console):
+        self.recipe, self.phase, self.console = recipe, phase, console
+        self.run = RunFolder(path)
+        self.world = World(launch, recipe.timeouts)
+        self.watchdog = Watchdog(self.world.connect(), launch.rank, launch.world_size, phase, recipe.timeouts.start,
+                                 console.error)
+        self.watchdog.start()
+
+    def open(self) -> None:
+        """The run folder and the data. Raises UserError."""
+        torch.set_num_threads(self.recipe.threads)
+        for remark in self.world.first("open", lambda: self.run.open(self.recipe, self.phase)):
+            self.console.say(remark)
+        self.console.log_into(self.run.path / "logs" / f"{self.phase}-rank{self.world.rank}.log")
+        self.beat("reading data")
+        self.data: DataSet = load_data(self.recipe.data)
+        self.beat("data read")
+        self.pyramid: Pyramid = build_pyramid(self.recipe.pyramid, self.data.classes, self.recipe.seed)
+        if self.data.dropped:
+            self.console.say(f"{self.data.dropped} rows with several labels were dropped")
+
+    def beat(self, phase: str, step: int | None = None, group: str | None = None) -> None:
+        self.watchdog.beat(phase, self.watchdog.step if step is None else step, group)
+
+    def steady(self) -> None:
+        """The first step is done: from now on the shorter limit holds."""
+        self.watchdog.limit = self.recipe.timeouts.step
+
+    def stop_wanted(self) -> bool:
+        """Whether a signal reached this rank, or any rank that told the store."""
+        if signalled.is_set() and not self.watchdog.stop_requested.is_set():
+            self.world.store.set("stop", "1")
+            self.watchdog.stop_requested.set()
+        return self.watchdog.stop_requested.is_set()
+
+    def claim(self, sentence: str, code: int) -> tuple[bool, int]:
+        """After a failure: whether this rank is to print it, and the exit code.
+
+        When one rank fails, the others' collectives break moments later: they leave with the first one's sentence and
+        code. A mistake of the user's (code 2) that shows up as broken connections elsewhere is given time to arrive.
+        """
+        store = self.world.store
+        try:
+            if code != 2:
+                deadline = time.monotonic() + 3
+                while not store.check(["abort"]) and time.monotonic() < deadline:
+                    time.sleep(0.05)
+            if store.check(["abort"]):
+                return False, int(store.get("abort").decode())
+            mine = store.add("abort/claims", 1) == 1
+            store.set("abort", str(code))
+            return mine, code
+        except RuntimeError:  # the store's server is gone as well: say what this rank knows
+            return code != 2, code
+
+    def close(self, outcome: str) -> None:
+        """Leave together with all ranks."""
+        if outcome == "stopped" and self.world.rank == 0:
+            self.run.mark(self.phase, "stopped")
+            self.console.say("stopped by a signal, everything is saved: the same command goes on from here")
+        elif self.phase == "teach" and self.world.rank == 0:
+            self.run.mark(self.phase, "finished")
+        self.console.end_progress()
+        self.beat("leaving", group="the other ranks' end")
+        self.world.close()
+        self.watchdog.stop()
+        self.watchdog.join()

@@ -1,0 +1,61 @@
+"""Running sums of an epoch, and the lines that they become in metrics.jsonl."""
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pkd.files import read_lines, write_bytes
+
+
+class Sums:
+    """Loss terms of an epoch so far on this rank, float64 [terms, students]; summed over ranks only when asked."""
+
+    def __init__(self, students: int, device: torch.device):
+        self.names: list[str] = []
+        self.values = torch.zeros(0, students, dtype=torch.float64, device=device)
+        self.steps, self.seconds, self.wait = 0, 0.0, 0.0
+
+    def add(self, terms: dict[str, torch.Tensor]) -> None:
+        """One micro batch's terms, each [students]."""
+        if not self.names:
+            self.names = list(terms)
+            if len(self.values) == 0:
+                self.values = self.values.new_zeros(len(self.names), self.values.shape[1])
+        self.values += torch.stack(list(terms.values())).double()
+
+    def means(self) -> dict[str, list[float]]:
+        """Each term's mean over the epoch's steps, one number a student; a collective over the island."""
+        parts = [torch.empty_like(self.values) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, self.values)
+        total = torch.stack(parts).sum(0) / max(1, self.steps)
+        return dict(zip(self.names, total.tolist()))
+
+    def gather(self) -> torch.Tensor:
+        """Every rank's sums, float64 [ranks, terms, students] on the CPU; a collective over the island."""
+        parts = [torch.empty_like(self.values) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, self.values)
+        return torch.stack(parts).cpu()
+
+    def restore(self, names: list[str], every: torch.Tensor, ranks: int, rank: int) -> None:
+        """The inverse of gather(); on another number of ranks the first one takes all."""
+        self.names = names
+        own = every[rank] if len(every) == ranks else every.sum(0) * (rank == 0)
+        self.values = own.to(self.values.device)
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Keep the lines of a JSON-lines file up to optimizer step `step`: what came later is computed again."""
+    kept = [line for line in read_lines(path) if line["step"] <= step]
+    if path.exists():
+        write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,109 @@
+"""A trained network on disk: weights as safetensors, and a JSON that says all that is needed to use them."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from pkd.data import DataSet
+from pkd.errors import UserError
+from pkd.files import read_json, read_tensors, sha256, write_bytes, write_json, write_tensors
+from pkd.models import Network, build, description
+from pkd.pyramid import Teacher
+from pkd.recipe import Model, Recipe, part
+from pkd.recipe_file import digest, identity
+
+
+def fresh(model: Model, classes: int, data: DataSet, seed: int, name: str) -> Network:
+    """A network whose random weights are a function of (seed, name) alone; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(seed, name))
+        return build(model, classes, data.channels, data.size)
+
+
+def derived_seed(seed: int, *parts) -> int:
+    """An independent 63-bit seed for a named purpose."""
+    text = ":".join(map(str, (seed, *parts))).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def teacher_identity(recipe: Recipe, teacher: Teacher, data: DataSet) -> str:
+    """Hash of all that decides a teacher's weights."""
+    whole = identity(recipe)
+    return digest({"seed": recipe.seed, "data": whole["data"], "views": whole["views"], "teachers": whole["teachers"],
+                   "dtype": whole["dtypes"]["teachers"], "fingerprint": data.fingerprint,
+                   "model": part(teacher.model, free=False), "classes": list(teacher.classes)})
+
+
+def write_network(path: Path, network: Network, model: Model, classes: list[str], data: DataSet,
+                  facts: dict) -> None:
+    """Write <path>.safetensors, then <path>.json, whose presence says that both are there.
+
+    network: a Network, its weights fp32; the file holds its backbone's, under the names that plain torchvision uses.
+    facts: what else the JSON should hold.
+    """
+    weights = path.with_name(path.name + ".safetensors")
+    write_tensors(weights, network.backbone.state_dict(), {"format": "pt"})
+    tree = description(model, classes, data.channels, data.size, network)
+    write_json(path.with_name(path.name + ".json"), {**tree, **facts, "sha256": sha256(weights)})
+
+
+def read_network(path: Path) -> tuple[Network, dict]:
+    """The network of <path>.json and <path>.safetensors. Raises UserError where they are missing or do not agree."""
+    facts = read_json(path.with_name(path.name + ".json"))
+    weights = path.with_name(path.name + ".safetensors")
+    tensors = read_tensors(weights)
+    if sha256(weights) != facts.get("sha256"):
+        raise UserError(f"{weights} is not the file that {path.name}.json was written for (another sha256): restore it "
+                        "or train it again")
+    network = rebuild(facts, path)
+    missing, unexpected = network.backbone.load_state_dict(tensors, strict=False)
+    if missing or unexpected:
+        raise UserError(f"{weights} does not hold the weights of {facts.get('architecture')} "
+                        f"({len(missing)} missing, {len(unexpected)} unknown): train it again")
+    return network, facts
+
+
+def rebuild(facts: dict, path: Path) -> Network:
+    """The architecture that a network's JSON describes, with random weights."""
+    try:
+        resized = facts["input_size"] != facts["view_size"]
+        model = Model(name=facts["architecture"], width=facts["width"], mean=tuple(facts["mean"]),
+                      std=tuple(facts["std"]), input_size=facts["input_size"][0] if resized else None)
+        return build(model, len(facts["classes"]), facts["channels"], tuple(facts["view_size"]))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{path}.json does not describe a network ({error}): restore it or train it again") from None
+
+
+def read_teacher(folder: Path, recipe: Recipe, teacher: Teacher, data: DataSet, complete: bool) -> tuple[Network, dict]:
+    """A trained teacher, checked against what the recipe asks for. Raises UserError.
+
+    complete: refuse a teacher whose training was cut short by --steps.
+    """
+    path = folder / teacher.name
+    if not path.with_name(path.name + ".json").exists():
+        raise UserError(f"teacher {teacher.name} is not in {folder}: run pkd teach first")
+    network, facts = read_network(path)
+    if facts.get("class_ids") != list(teacher.classes):
+        raise UserError(f"teacher {teacher.name} in {folder} knows classes {_few(facts.get('class_ids'))}, but the "
+                        f"pyramid gives it {_few(list(teacher.classes))}: run pkd teach again in another --run folder")
+    if facts.get("identity") != teacher_identity(recipe, teacher, data):
+        raise UserError(f"teacher {teacher.name} in {folder} was trained on other data or by other settings than the "
+                        "recipe's: run pkd teach in another --run folder")
+    if complete and facts["steps"] < recipe.teachers.steps:
+        raise UserError(f"teacher {teacher.name} in {folder} was trained for {facts['steps']} of "
+                        f"{recipe.teachers.steps} steps: run pkd teach to finish it, or pass --steps for a smoke run")
+    return network, facts
+
+
+def _few(ids: list | None) -> str:
+    text = str(ids)
+    return text if len(text) < 60 else text[:50] + f"... ({len(ids)} in all)"
+
+
+def copy_network(source: Path, target: Path) -> None:
+    """Copy a network's two files, the JSON last."""
+    read_network(source)  # what is damaged is not handed on
+    for suffix in (".safetensors", ".json"):
+        content = source.with_name(source.name + suffix).read_bytes()
+        write_bytes(target.with_name(target.name + suffix), content)

@@ -1,0 +1,157 @@
+"""Where a distillation stands: position, sums, schedules, best weights; how it is saved, shown and taken up again."""
+
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pkd import checkpoint
+from pkd.distill_setup import Setup
+from pkd.engine import Engine
+from pkd.files import append_line, read_tensors, write_json
+from pkd.metrics import Sums, drop_lines_after
+from pkd.network_file import write_network
+from pkd.rates import Rates
+from pkd.validate import Scores
+
+
+class Progress:
+    def __init__(self, setup: Setup, engine: Engine):
+        recipe = setup.job.recipe
+        self.setup, self.job, self.engine, self.recipe = setup, setup.job, engine, recipe
+        self.names = [student.name for student in recipe.students]
+        self.writer = dist.get_rank() == 0
+        self.epoch = self.step = 0
+        self.rates = Rates(list(recipe.students), recipe.distill.epochs * setup.schedule.steps_per_epoch)
+        self.best: dict[str, dict] = {}  # student -> {"epoch", "accuracy", "loss"} on validation
+        self.best_weights: dict[str, dict[str, torch.Tensor]] = {}  # on rank 0 only
+        self.memory: dict[str, int] = {}
+        self.saved = time.monotonic()
+        self._new_sums()
+
+    @property
+    def total_step(self) -> int:
+        return self.epoch * self.setup.schedule.steps_per_epoch + self.step
+
+    def save_is_due(self) -> bool:
+        """Rank 0's clock; the ballot makes it everybody's decision."""
+        return self.writer and time.monotonic() - self.saved > 60 * self.recipe.checkpoint_minutes
+
+    def save(self, phase: str) -> None:
+        """Write a checkpoint of this moment; a collective over the students' island."""
+        self.job.beat(phase, group="the students' island")
+        tensors = {f"best-{name}": weights for name, weights in self.best_weights.items()}
+        tensors["sums"] = {"sums": self.sums.gather()}
+        progress = {
+            "epoch": self.epoch, "step": self.step, "best": self.best, "rates": self.rates.to_json(),
+            "terms": self.sums.names, "steps": self.sums.steps, "seconds": self.sums.seconds, "wait": self.sums.wait,
+            "teachers": self.setup.teacher_hashes, "fingerprint": self.setup.data.fingerprint,
+        }
+        checkpoint.save(self.job.run.checkpoints, self.total_step, self.engine, progress, tensors,
+                        lambda: self.job.beat(phase))
+        self.saved = time.monotonic()
+
+    def restore(self, path: str | None) -> None:
+        """Take up a checkpoint, or begin; lines that a later stretch had written are dropped."""
+        if path:
+            saved = checkpoint.load(Path(path), self.engine)
+            self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
+            self.rates.load_json(saved["rates"])
+            self.sums.steps, self.sums.seconds, self.sums.wait = saved["steps"], saved["seconds"], saved["wait"]
+            every = read_tensors(Path(path) / "sums.safetensors")["sums"]
+            self.sums.restore(saved["terms"], every, self.engine.ranks, dist.get_rank())
+            if self.writer:
+                self.best_weights = {n: read_tensors(Path(path) / f"best-{n}.safetensors") for n in self.best}
+        if self.writer:
+            drop_lines_after(self.job.run.metrics, self.total_step if self.step == 0 else self.total_step - 1)
+            drop_lines_after(self.job.run.steps, self.total_step - 1)
+            self.job.run.mark("distill", "running", total_step=self.total_step)
+
+    def end_epoch(self, scores: Scores) -> None:
+        """After validation: schedules, best weights, one line of metrics, a checkpoint."""
+        self.rates.validated(scores.loss)
+        for index, name in enumerate(self.names):
+            found = {"epoch": self.epoch, "accuracy": scores.accuracy[index], "loss": scores.loss[index]}
+            before = self.best.get(name)
+            if before is None or (found["accuracy"], -found["loss"]) > (before["accuracy"], -before["loss"]):
+                self.best[name] = found
+                if self.writer:
+                    copy = self.engine.copies[name].state_dict()
+                    self.best_weights[name] = {key: value.detach().cpu().clone() for key, value in copy.items()}
+        terms = self.sums.means()
+        cut_short = self.setup.cut_short(self.epoch)
+        if self.writer:
+            line = self._line(scores, terms)
+            append_line(self.job.run.metrics, line)
+            self._say(line)
+        self.epoch, self.step = self.epoch + 1, 0
+        self._new_sums()
+        if not cut_short:  # else the checkpoint stays at the step where --steps ended, to be gone on from
+            self.save("saving")
+
+    def finish(self) -> None:
+        """Write the students: the best weights of each by validation."""
+        if not self.writer:
+            return
+        whole = self.setup.limit is None
+        self.setup.job.run.students.mkdir(exist_ok=True)
+        for index, name in enumerate(self.names):
+            network = self.engine.copies[name]
+            network.load_state_dict(self.best_weights[name])
+            student = self.recipe.students[index]
+            facts = {"name": name, "validation": self.best[name], "recipe": self.recipe.name}
+            write_network(self.job.run.students / name, network, student.model, list(self.setup.data.classes),
+                          self.setup.data, facts)
+        write_json(self.job.run.students / "students.json", {
+            "students": self.names, "complete": whole, "epochs": self.epoch, "teachers": self.setup.teacher_hashes,
+            "world_size": self.job.world.size, "placement": self.setup.placement.to_json()})
+        self.job.run.mark("distill", "finished", total_step=self.total_step)
+
+    def show(self, epoch: int, step: int, last: int) -> None:
+        sums = self.sums
+        rate = sums.steps * self.setup.schedule.batch / max(sums.seconds, 1e-9)
+        if not self.writer or not sums.steps:
+            return
+        mean = (sums.values[-1] / sums.steps).mean().item() * self.engine.ranks
+        whole = self.setup.schedule.steps_per_epoch
+        self.job.console.progress(
+            f"epoch {epoch + 1}/{self.setup.epochs}  loss {mean:.3f}  {rate:.0f} img/s  "
+            f"waiting {100 * sums.wait / max(sums.seconds, 1e-9):.0f} %", epoch * whole + step + 1,
+            self.setup.epochs * whole)
+
+    def trace(self, step: int, losses: torch.Tensor) -> None:
+        """With `trace`, this step's loss of every student over all ranks; a collective over the students' island."""
+        if not self.recipe.trace:
+            return
+        parts = [torch.empty_like(losses) for _ in range(self.engine.ranks)]
+        dist.all_gather(parts, losses)
+        if self.writer:
+            total = torch.stack(parts).double().sum(0).tolist()
+            append_line(self.job.run.steps, {"step": step, "loss": dict(zip(self.names, total))})
+
+    def _new_sums(self) -> None:
+        self.sums = Sums(len(self.names), self.job.world.device)
+
+    def _line(self, scores: Scores, terms: dict[str, list[float]]) -> dict:
+        batch, sums = self.setup.schedule.batch, self.sums
+        students = range(len(self.names))
+        return {
+            "epoch": self.epoch, "step": self.total_step,
+            "train": {self.names[i]: {term: values[i] for term, values in terms.items()} for i in students},
+            "validation": {self.names[i]: {"accuracy": scores.accuracy[i], "loss": scores.loss[i]} for i in students},
+            "ensemble": {"accuracy": scores.ensemble_accuracy, "loss": scores.ensemble_loss},
+            "learning_rate": dict(zip(self.names, self.rates.at(max(0, self.total_step - 1)))),
+            "images_per_second": sums.steps * batch / max(sums.seconds, 1e-9), "seconds": sums.seconds,
+            "wait_seconds": sums.wait, "peak_memory_bytes": self.memory,
+        }
+
+    def _say(self, line: dict) -> None:
+        """One plain line an epoch; the terminal's moving line is not in its way."""
+        accuracy = "  ".join(f"{name} {100 * v['accuracy']:.1f}" for name, v in line["validation"].items())
+        loss = sum(terms["loss"] for terms in line["train"].values()) / len(self.names)
+        wait = 100 * line["wait_seconds"] / max(line["seconds"], 1e-9)
+        self.job.console.say(
+            f"epoch {line['epoch'] + 1}/{self.recipe.distill.epochs}  loss {loss:.4f}  validation %: {accuracy}  "
+            f"ensemble {100 * line['ensemble']['accuracy']:.1f}  {line['images_per_second']:.0f} img/s  "
+            f"waiting for teachers {wait:.0f} %")

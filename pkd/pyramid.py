@@ -1,0 +1,108 @@
+"""The pyramid: levels of teachers, each knowing a tuple of classes; pure.
+
+Level 0 is the top and covers every class. Every lower teacher knows a proper subset of what some teacher above knows.
+Classes may overlap inside a level, except on the bottom one.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pkd.errors import UserError, nearest
+from pkd.recipe import Level, Model
+
+
+@dataclass(frozen=True)
+class Teacher:
+    name: str  # "level0", or "level1-2": the third teacher of level 1
+    level: int
+    classes: tuple[int, ...]  # ascending class ids; its k-th logit is the class classes[k]
+    model: Model
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    classes: tuple[str, ...]
+    teachers: tuple[Teacher, ...]  # from the top down
+
+    @property
+    def levels(self) -> int:
+        return self.teachers[-1].level + 1
+
+    def level(self, number: int) -> tuple[Teacher, ...]:
+        return tuple(teacher for teacher in self.teachers if teacher.level == number)
+
+    def membership(self) -> np.ndarray:
+        """bool [teachers, classes]: who knows what."""
+        known = np.zeros((len(self.teachers), len(self.classes)), dtype=bool)
+        for row, teacher in zip(known, self.teachers):
+            row[list(teacher.classes)] = True
+        return known
+
+    def partitions(self, number: int) -> bool:
+        """Whether the classes of a level are disjoint and complete, as the composed objective needs them."""
+        counts = sum(np.bincount(teacher.classes, minlength=len(self.classes)) for teacher in self.level(number))
+        return bool((counts == 1).all())
+
+    def to_json(self) -> dict:
+        teachers = [{"name": t.name, "level": t.level, "classes": list(t.classes)} for t in self.teachers]
+        return {"classes": list(self.classes), "teachers": teachers}
+
+
+def build_pyramid(levels: tuple[Level, ...], classes: tuple[str, ...], seed: int) -> Pyramid:
+    """The pyramid of a recipe over the data set's `classes`. Raises UserError where class lists do not fit."""
+    groups = [_groups(level, number, classes, seed) for number, level in enumerate(levels)]
+    top = set(groups[0][0])
+    if len(groups[0]) != 1 or len(top) < len(classes):
+        missing = f" and lacks {len(classes) - len(top)} of the {len(classes)} classes" if len(groups[0]) == 1 else ""
+        raise UserError(f"pyramid.0 must be one teacher that knows every class, but it has {len(groups[0])} "
+                        f"teacher(s){missing}: set teachers: 1 there")
+    for number in range(1, len(groups)):
+        for group in groups[number]:
+            if not any(set(group) < set(above) for upper in groups[:number] for above in upper):
+                raise UserError(f"pyramid.{number}: the teacher of classes {_some(group)} knows no fewer classes than "
+                                "every teacher above it: split its classes further")
+    bottom = np.bincount([c for group in groups[-1] for c in group], minlength=len(classes))
+    if bottom.max() > 1:
+        raise UserError(f"pyramid.{len(groups) - 1}: class {classes[bottom.argmax()]!r} belongs to {bottom.max()} "
+                        "teachers, but on the bottom level classes must not overlap")
+    teachers = []
+    for number, (level, members) in enumerate(zip(levels, groups)):
+        for index, group in enumerate(members):
+            name = f"level{number}" if len(members) == 1 else f"level{number}-{index}"
+            teachers.append(Teacher(name, number, tuple(group), level.model))
+    return Pyramid(classes, tuple(teachers))
+
+
+def _groups(level: Level, number: int, classes: tuple[str, ...], seed: int) -> list[list[int]]:
+    if level.classes is not None:
+        if not level.classes:
+            raise UserError(f"pyramid.{number}.classes is an empty list: give each teacher's classes, or teachers: 1")
+        return [_ids(group, number, classes) for group in level.classes]
+    if level.teachers > 1 and level.teachers * 2 > len(classes):
+        raise UserError(f"pyramid.{number} asks for {level.teachers} teachers over {len(classes)} classes, but a "
+                        f"teacher needs at least 2 classes: ask for at most {max(1, len(classes) // 2)}")
+    order = np.arange(len(classes))
+    if level.partition == "random":
+        order = np.random.default_rng([seed, number]).permutation(order)
+    return [sorted(map(int, group)) for group in np.array_split(order, level.teachers)]
+
+
+def _ids(group: tuple[int | str, ...], number: int, classes: tuple[str, ...]) -> list[int]:
+    ids = []
+    for entry in group:
+        if isinstance(entry, str) and entry not in classes:
+            raise UserError(f"pyramid.{number}.classes names {entry!r}, which the data set does not have"
+                            f"{nearest(entry, classes)}")
+        ids.append(classes.index(entry) if isinstance(entry, str) else entry)
+    outside = [i for i in ids if not 0 <= i < len(classes)]
+    if outside:
+        raise UserError(f"pyramid.{number}.classes names class {outside[0]}, but ids run from 0 to {len(classes) - 1}")
+    if len(set(ids)) < len(ids) or len(ids) < 2:
+        raise UserError(f"pyramid.{number}.classes holds the list {_some(ids)}: each list needs at least 2 classes, "
+                        "each of them once")
+    return sorted(ids)
+
+
+def _some(group: list[int]) -> str:
+    return str(list(group)) if len(group) <= 8 else f"[{', '.join(map(str, group[:6]))}, ... {len(group)} in all]"

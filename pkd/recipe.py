@@ -1,0 +1,227 @@
+"""The typed recipe: everything a run can be told, read from YAML, overridable as `key.sub=value`.
+
+Two parts. *Identity* decides the result and is hashed into the run folder, the checkpoints and the teachers' files.
+*Free* (class attribute FREE of each section) says how and where to run, and may change from start to start.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Whole = Annotated[int, Field(ge=1, lt=2**31)]
+ClassId = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # numpy's and torch's generators take no negative seed
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]  # it becomes a file name
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+
+
+class Data(Section):
+    """The labelled images and how they are split. `seed` is apart from the run's, so that runs share a split."""
+
+    FREE: ClassVar = ("path", "workers", "cache_gib")
+    name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder", "npz", "csv"]
+    path: str | None = None  # a folder or a file; what it must hold is said in the README, data set by data set
+    download: bool = False  # let torchvision fetch fashion-mnist, cifar10 or cifar100 into `path`
+    seed: Seed = 40
+    validation: Fraction = 0.1  # of what is left after the test data
+    test: Fraction = 0.1  # only where the data set has no official test split; stratified
+    image_size: Whole | None = None  # folder and csv: decoded images are resized and centre-cropped to this
+    image_column: str = "image"  # csv only
+    label_column: str = "label"  # csv only
+    label_separator: str = "|"  # csv only: a row whose label holds it has several labels, is dropped and counted
+    workers: Whole = 4  # decoding threads
+    cache_gib: NonNegative = 4.0  # decode once at the start if all images fit in this, else batch by batch
+
+
+class Affine(Section):
+    degrees: NonNegative = 0.0
+    translate: Fraction = 0.0
+    scale: Fraction = 0.0  # zoom drawn from [1 - scale, 1 + scale]
+    shear: NonNegative = 0.0
+
+
+class RandAugment(Section):
+    operations: Whole = 2
+    magnitude: Count = 9
+
+
+class Views(Section):
+    """Augmentation of the training images; every draw is a function of (seed, epoch, sample)."""
+
+    crop: Count = 0  # pixels of zero padding before a random crop back to size
+    resized_crop: tuple[Positive, Positive] | None = None  # area fractions of torchvision's RandomResizedCrop
+    flip: bool = False
+    affine: Affine | None = None
+    colour: NonNegative = 0.0  # strength of brightness, contrast and saturation jitter
+    randaugment: RandAugment | None = None
+
+
+class Model(Section):
+    """An architecture by name: pkd's small ones, any of torchvision's classifiers, or `package.module:Class`."""
+
+    name: str
+    width: Positive = 1.0  # pkd's own models only
+    weights: str | None = None  # a torchvision weights name (such as IMAGENET1K_V1) or a safetensors file
+    input_size: Whole | None = None  # pixels a side; None: as the views are
+    mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = None  # per channel, of pixels in [0, 1]; None: 0.5, or as `weights` was trained
+    std: tuple[Positive, ...] | None = None
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+ModelField = Annotated[Model, BeforeValidator(_named)]
+
+
+class Optimisation(Section):
+    """How one network's weights move."""
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: Positive = 0.05  # never scaled by ranks or batch
+    momentum: Fraction = 0.9
+    nesterov: bool = False
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: NonNegative = 5e-4
+    clip: Positive | None = None  # norm of this network's own gradient
+    schedule: Literal["cosine", "plateau", "constant"] = "cosine"
+    warmup_steps: Count = 0
+    patience: Count = 3  # plateau: epochs without a better validation loss before lr is multiplied by `factor`
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    label_smoothing: Fraction = 0.0
+    ema: Fraction = 0.0  # decay of the averaged weights that are evaluated and kept; 0: none
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self):
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0: set momentum: 0.9 or nesterov: false")
+        return self
+
+
+class Level(Section):
+    """One level of the pyramid: so many teachers by a partition, or explicit lists of classes (ids or names)."""
+
+    model: ModelField
+    teachers: Whole | None = None
+    partition: Literal["contiguous", "random"] = "contiguous"
+    classes: tuple[tuple[ClassId | str, ...], ...] | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self):
+        if (self.teachers is None) == (self.classes is None):
+            raise ValueError("a level needs either teachers (a count) or classes (lists), and not both")
+        return self
+
+
+class Teachers(Optimisation):
+    """How every teacher is trained; specialists take as many steps as the top, not as many epochs."""
+
+    steps: Whole = 1000
+    batch: Whole = 64
+    evaluate_every: Whole = 200  # steps; the best validation accuracy is what is kept
+    forward: Literal["fp32", "bf16"] = "fp32"  # arithmetic of the frozen teacher while students train
+
+
+class Student(Optimisation):
+    name: Name
+    model: ModelField
+
+
+class Objective(Section):
+    """The loss. A constant left out takes the kind's own value; pkd/objective.py says which."""
+
+    kind: Literal["composed", "paper", "top", "alone"] = "composed"
+    temperature: Positive | None = None
+    weights: tuple[NonNegative, ...] | None = None  # paper: one a level from the top down; composed, top: one
+    ensemble: tuple[NonNegative, ...] | None = None  # one a student: the pull of the ensemble's cross-entropy
+    routes: Literal["own", "all"] | None = None  # paper only: which samples a specialist is asked about
+
+
+class Distill(Section):
+    epochs: Whole = 20
+    batch: Whole = 64  # samples per optimizer step over all student ranks together
+    sync_batch_norm: bool = False
+
+
+class Placement(Section):
+    """Who is where. `auto`: one process is `single`; more are `dedicated`, half of the ranks for students."""
+
+    kind: Literal["auto", "single", "co-located", "dedicated"] = "auto"
+    student_ranks: Whole | None = None  # dedicated only
+    replicas: dict[str, Whole] = {}  # teacher -> ranks that share its routes; others get spare ranks by cost
+    accumulation: Whole = 1  # micro batches per optimizer step on each student rank
+
+
+class DeepSpeed(Section):
+    """Names of files in ds_configs/, or paths of your own."""
+
+    students: str = "zero1"
+    teachers: str = "zero1"
+
+
+class Timeouts(Section):
+    start: Positive = 600.0  # seconds without progress before the first step
+    step: Positive = 60.0  # the same, in the steady state
+    group: Positive = 7200.0  # of the process groups themselves; the watchdog is meant to be first
+
+
+class Recipe(Section):
+    FREE: ClassVar = ("name", "placement", "deepspeed", "window", "ballot_every", "timeouts", "threads", "trace",
+            "checkpoint_minutes", "compare_views")
+    name: Name
+    seed: Seed = 0
+    data: Data
+    views: Views = Views()
+    pyramid: Annotated[tuple[Level, ...], Field(min_length=1)]
+    teachers: Teachers = Teachers()
+    students: Annotated[tuple[Student, ...], Field(min_length=1)]
+    objective: Objective = Objective()
+    distill: Distill = Distill()
+    placement: Placement = Placement()
+    deepspeed: DeepSpeed = DeepSpeed()
+    window: Annotated[int, Field(ge=1, le=64)] = 2  # steps that soft targets may travel ahead of the students
+    ballot_every: Annotated[int, Field(ge=1, le=1000)] = 1  # steps between votes
+    timeouts: Timeouts = Timeouts()
+    threads: Whole = 1  # of each process on a CPU; another number changes the last bits of the losses
+    trace: bool = False  # write every step's losses to steps.jsonl; costs a reduction a step
+    checkpoint_minutes: Positive = 10.0
+    compare_views: bool = True  # teacher and student ranks compare hashes of their views at each epoch's start
+
+    @model_validator(mode="after")
+    def _counts_fit(self):
+        names = [student.name for student in self.students]
+        if len(set(names)) < len(names):
+            raise ValueError(f"students' names must differ, found {names}")
+        objective, levels = self.objective, len(self.pyramid)
+        wanted = {"paper": levels, "composed": 1, "top": 1, "alone": 0}[objective.kind]
+        if objective.weights is not None and len(objective.weights) != wanted:
+            raise ValueError(f"objective.weights needs {wanted} numbers for the {objective.kind} objective of "
+                             f"{levels} levels, found {len(objective.weights)}")
+        if objective.ensemble is not None and len(objective.ensemble) != len(names):
+            raise ValueError(f"objective.ensemble needs one number a student ({len(names)}), "
+                             f"found {len(objective.ensemble)}")
+        if objective.routes is not None and objective.kind != "paper":
+            raise ValueError(f"objective.routes is a choice of the paper objective only; {objective.kind} fixes it")
+        return self
+
+
+def part(section: Section, free: bool) -> dict:
+    """The identity part (free=False) or the free part (free=True) of a section, as plain JSON data, sections within."""
+    out = {}
+    for key in type(section).model_fields:
+        value = getattr(section, key)
+        if key in getattr(section, "FREE", ()):
+            if free:
+                out[key] = section.model_dump(mode="json", include={key})[key]
+        elif isinstance(value, Section) and hasattr(value, "FREE"):
+            out[key] = part(value, free)
+        elif not free:
+            out[key] = section.model_dump(mode="json", include={key})[key]
+    return out

@@ -1,0 +1,50 @@
+"""From the flat buffer of a step to the soft targets of one micro batch; pure, needs no process group."""
+
+import numpy as np
+import torch
+
+from pkd.loss import LevelTargets
+from pkd.pyramid import Pyramid
+from pkd.schedule import Routes
+
+
+class Unpacker:
+    """Tables of a pyramid that turn routes into padded, masked rows by level."""
+
+    def __init__(self, pyramid: Pyramid, asked: list[int]):
+        teachers = pyramid.teachers
+        self.levels = sorted({teachers[index].level for index in asked})
+        self.level_of = np.array([teacher.level for teacher in teachers])
+        self.width = np.array([len(teacher.classes) for teacher in teachers])
+        self.classes = np.zeros((len(teachers), max(self.width)), dtype=np.int64)
+        for row, teacher in zip(self.classes, teachers):
+            row[:len(teacher.classes)] = teacher.classes
+
+    def unpack(self, routes: Routes, flat: torch.Tensor, micro: slice, device: torch.device) -> list[LevelTargets]:
+        """The asked levels' targets from the top down.
+
+        flat: fp16 [routes.size] on the host; micro: the micro batch's positions in the global batch.
+        """
+        here = (routes.position >= micro.start) & (routes.position < micro.stop)
+        return [self._level(level, routes, flat, micro, here, device) for level in self.levels]
+
+    def _level(self, level: int, routes: Routes, flat: torch.Tensor, micro: slice, here: np.ndarray,
+               device: torch.device) -> LevelTargets:
+        rows = np.flatnonzero(here & (self.level_of[routes.teacher] == level))
+        rows = rows[np.lexsort((routes.position[rows], routes.teacher[rows]))]
+        teacher = routes.teacher[rows]
+        members = np.flatnonzero(self.level_of == level)
+        column = np.arange(self.width[members].max())
+        mask = column < self.width[teacher][:, None]
+        index = np.where(mask, routes.offset[rows][:, None] + column, 0)
+        share = 1.0 / np.maximum(routes.count[teacher], 1)
+        logits = flat[torch.from_numpy(index)] if len(rows) else flat.new_zeros(index.shape)
+        to = {"device": device, "non_blocking": True}
+        return LevelTargets(
+            logits=logits.to(**to),
+            classes=torch.from_numpy(self.classes[teacher][:, column]).to(**to),
+            mask=torch.from_numpy(mask).to(**to),
+            sample=torch.from_numpy(routes.position[rows] - micro.start).to(**to),
+            share=torch.from_numpy(share.astype(np.float32)).to(**to),
+            teachers=len(members),
+        )

@@ -1,0 +1,241 @@
+"""Train the pyramid's teachers: the top on many ranks together, each specialist on a rank of its own.
+
+One loop for all of them; a teacher is an ensemble of one under DeepSpeed, resumed like the students.
+"""
+
+import shutil
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from pkd import checkpoint
+from pkd.ballot import Ballot, Vote
+from pkd.cost import forward_flops
+from pkd.data import DataSet
+from pkd.ds_config import load_ds_config
+from pkd.engine import Engine
+from pkd.errors import UserError, nearest
+from pkd.files import read_json, read_tensors, write_json
+from pkd.job import Job
+from pkd.network_file import derived_seed, fresh, teacher_identity, write_network
+from pkd.placement import SAMPLES_PER_RANK
+from pkd.pyramid import Pyramid, Teacher
+from pkd.rates import Rates
+from pkd.schedule import Schedule
+from pkd.validate import validate
+from pkd.views import Views
+
+
+def teach(job: Job, only: str | None, limit: int | None) -> str:
+    """Train every teacher that is not there yet, or the one named; "finished" or "stopped"."""
+    teachers = _chosen(job.pyramid, only)
+    steps = min(job.recipe.teachers.steps, limit or job.recipe.teachers.steps)
+    for teacher in teachers:
+        _samples(job, teacher)  # too few is known before anything is trained
+    names = job.world.first("teachers to do", lambda: [t.name for t in teachers if _done_steps(job, t) < steps])
+    if job.world.rank == 0:
+        write_json(job.run.path / "pyramid.json", job.pyramid.to_json())
+        job.run.mark("teach", "running")
+    outcome = "finished"
+    for teacher, ranks in assign([t for t in teachers if t.name in names], _costs(job), job.world.size,
+                                 job.recipe.teachers.batch):
+        if job.world.rank in ranks and outcome == "finished":
+            bridge = job.world.bridge(f"ballot {teacher.name}", ranks)
+            job.world.join_island(f"teach {teacher.name}", ranks)
+            outcome = Lesson(job, teacher, ranks, bridge, steps).run()
+            job.world.leave_island()
+    return outcome
+
+
+def assign(teachers: list[Teacher], costs: dict[str, float], world: int, batch: int) -> list[tuple[Teacher, list[int]]]:
+    """Who trains where, in the order that every rank goes through: the top (or a lone teacher) on as many ranks as its
+    batch feeds, specialists on one each, longest first onto the rank that is free first. Pure.
+    """
+    free = [0.0] * world
+    plan = []
+    for teacher in sorted(teachers, key=lambda t: (t.level > 0, -costs[t.name])):
+        wide = teacher.level == 0 or len(teachers) == 1
+        count = min(world, max(1, batch // SAMPLES_PER_RANK)) if wide else 1
+        ranks = sorted(sorted(range(world), key=lambda rank: (free[rank], rank))[:count])
+        for rank in ranks:
+            free[rank] += costs[teacher.name] / count
+        plan.append((teacher, ranks))
+    return plan
+
+
+class Lesson:
+    """One teacher's training on its island."""
+
+    def __init__(self, job: Job, teacher: Teacher, ranks: list[int], bridge, steps: int):
+        self.job, self.teacher, self.ranks, self.steps = job, teacher, ranks, steps
+        self.settings, self.data, self.device = job.recipe.teachers, job.data, job.world.device
+        self.leader = job.world.rank == ranks[0]
+        self.folder = job.run.teachers / f"{teacher.name}.training"
+        self.views = Views(self.data, job.recipe.views, derived_seed(job.recipe.seed, "teach", teacher.name) % 2**32)
+        self.schedule = Schedule(_samples(job, teacher), self.settings.batch,
+                                 derived_seed(job.recipe.seed, "order", teacher.name))
+        self.local = torch.full((len(self.data.classes),), -1)
+        self.local[list(teacher.classes)] = torch.arange(len(teacher.classes))
+        self.rates = Rates([self.settings], self.settings.steps)
+        network = fresh(teacher.model, len(teacher.classes), self.data, job.recipe.seed, f"teacher {teacher.name}")
+        self.engine = Engine({teacher.name: network}, [self.settings], load_ds_config(job.recipe.deepspeed.teachers),
+                             1, self.device)
+        self.ballot = Ballot(bridge, window=1, every=1)
+        self.best: dict = {}
+        self.best_weights: dict[str, torch.Tensor] = {}
+        self.step, self.saved, self.broken = 0, time.monotonic(), None
+        self._restore()
+
+    def run(self) -> str:
+        """Stretches of training, each ended by a validation."""
+        every = self.settings.evaluate_every
+        while self.step < self.steps:
+            stopped = self._stretch(min(self.steps, (self.step // every + 1) * every))
+            if not stopped:
+                self._validate()
+            self._save()
+            if stopped:
+                self.engine.close()
+                return "stopped"
+        self._finish()
+        self.engine.close()
+        return "finished"
+
+    def _stretch(self, last: int) -> bool:
+        job, ballot, name = self.job, self.ballot, self.teacher.name
+        mine = self.schedule.micro_batches(len(self.ranks), dist.get_rank(), 1)[0]
+        ballot.open(self.step, last)
+        for step in range(self.step, last):
+            job.beat(f"teaching {name}", step, f"the island of {name}")
+            if not ballot.permit(step):
+                break
+            due = self.leader and time.monotonic() - self.saved > 60 * job.recipe.checkpoint_minutes
+            ballot.cast(step, Vote(job.stop_wanted(), due, self.broken))
+            self._train_step(step, mine)
+            self.step = step + 1
+            if ballot.after(step).save:
+                self._save()
+            job.steady()
+            if self.leader:
+                job.console.progress(f"teacher {name}", step + 1, self.steps)
+        votes = ballot.close()
+        late = -ballot.maximum([-self.broken[0] if self.broken else float("-inf")])[0]
+        if votes.broken or late != float("inf"):
+            step = min([votes.broken[0]] * bool(votes.broken) + [late])
+            raise UserError(f"the loss of teacher {name} was not finite at step {int(step)}: lower teachers.lr, or set "
+                            "teachers.warmup_steps or teachers.clip, and start in another --run folder")
+        return votes.stop
+
+    def _train_step(self, step: int, mine: slice) -> None:
+        epoch, within = divmod(step, self.schedule.steps_per_epoch)
+        ids = torch.from_numpy(self.schedule.global_batch(epoch, within)[mine])
+        images = self.views.batch(ids, epoch).to(self.device, non_blocking=True)
+        labels = self.local[self.data.labels[ids]].to(self.device, non_blocking=True)
+        self.engine.set_rates(self.rates.at(step))
+        torch.manual_seed(derived_seed(self.job.recipe.seed, self.teacher.name, step, dist.get_rank()))
+        logits = self.engine.train_step(images)[0]
+        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.settings.label_smoothing)
+        loss = loss / self.schedule.batch
+        self.engine.backward(loss)
+        if self.broken is None and not bool(torch.isfinite(loss)):
+            self.broken = (step, 0)
+
+    def _validate(self) -> None:
+        self.job.beat(f"validating {self.teacher.name}")
+        self.engine.refresh_copies()
+        network = self.engine.copies[self.teacher.name]
+        ids = _of_classes(self.data, "validation", self.teacher)
+        scores = validate([network], self.views, ids, self.local[self.data.labels[ids]], self.device,
+                          lambda: self.job.beat(f"validating {self.teacher.name}"))
+        self.rates.validated(scores.loss)
+        found = {"step": self.step, "accuracy": scores.accuracy[0], "loss": scores.loss[0]}
+        if not self.best or (found["accuracy"], -found["loss"]) > (self.best["accuracy"], -self.best["loss"]):
+            self.best = found
+            self.best_weights = {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
+
+    def _save(self) -> None:
+        tensors = {"best": self.best_weights} if self.best else {}
+        progress = {"best": self.best, "rates": self.rates.to_json(), "identity": self._identity()}
+        checkpoint.save(self.folder, self.step, self.engine, progress, tensors,
+                        lambda: self.job.beat(f"saving {self.teacher.name}"))
+        self.saved = time.monotonic()
+
+    def _restore(self) -> None:
+        def decide():
+            path, remarks = checkpoint.newest(self.folder)
+            for remark in remarks:
+                self.job.console.report(remark)
+            found = read_json(path / "state.json")["progress"]["identity"] if path else None
+            if path and found != self._identity():
+                raise UserError(f"{path} belongs to other data or settings: give another folder with --run, or delete "
+                                f"{self.folder}")
+            return str(path) if path else None
+        path = self.job.world.first(f"resume {self.teacher.name}", decide, by=self.ranks[0])
+        if path is None:
+            return
+        path = self.folder / path.rsplit("/", 1)[-1]
+        progress = checkpoint.load(path, self.engine)
+        self.step, self.best = int(path.name[5:]), progress["best"]
+        self.rates.load_json(progress["rates"])
+        if self.best:
+            self.best_weights = read_tensors(path / "best.safetensors")
+        if self.leader:
+            self.job.console.report(f"resuming teacher {self.teacher.name} at step {self.step}")
+
+    def _finish(self) -> None:
+        if not self.leader:
+            return
+        network = self.engine.copies[self.teacher.name]
+        network.load_state_dict(self.best_weights)
+        names = [self.data.classes[index] for index in self.teacher.classes]
+        facts = {"name": self.teacher.name, "level": self.teacher.level, "class_ids": list(self.teacher.classes),
+                 "validation": self.best, "steps": self.step, "identity": self._identity()}
+        write_network(self.job.run.teachers / self.teacher.name, network, self.teacher.model, names, self.data, facts)
+        if self.step == self.settings.steps:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.job.console.report(f"teacher {self.teacher.name}: {len(names)} classes, {self.step} steps, validation "
+                                f"{100 * self.best['accuracy']:.1f} % (best at step {self.best['step']})")
+
+    def _identity(self) -> str:
+        return teacher_identity(self.job.recipe, self.teacher, self.data)
+
+
+def _chosen(pyramid: Pyramid, only: str | None) -> list[Teacher]:
+    names = [teacher.name for teacher in pyramid.teachers]
+    if only is not None and only not in names:
+        raise UserError(f"teacher {only} was asked for, but the pyramid has {', '.join(names)}{nearest(only, names)}")
+    return [teacher for teacher in pyramid.teachers if only in (None, teacher.name)]
+
+
+def _of_classes(data: DataSet, split: str, teacher: Teacher):
+    """int64 ids of a split's samples whose label the teacher knows."""
+    ids = data.splits[split]
+    return ids[torch.isin(data.labels[ids], torch.tensor(teacher.classes))].numpy()
+
+
+def _samples(job: Job, teacher: Teacher):
+    samples = _of_classes(job.data, "train", teacher)
+    if len(samples) < job.recipe.teachers.batch:
+        raise UserError(f"teacher {teacher.name} has {len(samples)} training images, fewer than teachers.batch "
+                        f"{job.recipe.teachers.batch}: lower teachers.batch or give it more classes")
+    return samples
+
+
+def _done_steps(job: Job, teacher: Teacher) -> int:
+    """Steps that a teacher on disk was trained for; 0 if there is none. Raises UserError for one of other settings."""
+    path = job.run.teachers / f"{teacher.name}.json"
+    if not path.exists():
+        return 0
+    facts = read_json(path)
+    if facts.get("identity") != teacher_identity(job.recipe, teacher, job.data):
+        raise UserError(f"teacher {teacher.name} in {job.run.teachers} was trained on other data or by other settings: "
+                        "give another folder with --run, or delete that teacher")
+    return facts["steps"]
+
+
+def _costs(job: Job) -> dict[str, float]:
+    """Relative training cost; every teacher takes as many steps of as many samples."""
+    return {t.name: forward_flops(t.model, len(t.classes), job.data.channels, job.data.size)[0]
+            for t in job.pyramid.teachers}

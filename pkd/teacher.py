@@ -1,0 +1,52 @@
+"""Frozen teachers on the rank that answers for them."""
+
+import numpy as np
+import torch
+
+from pkd.models import Network
+from pkd.schedule import BLOCK, Routes
+from pkd.views import Views
+
+
+class TeacherHost:
+    """The teachers of one source.
+
+    networks: index into pyramid.teachers -> network. Teachers always run in blocks of BLOCK rows, the last one padded:
+    with other numbers of rows the same image's logits differ in their last bits, and placements would no longer agree.
+    """
+
+    def __init__(self, source: int, networks: dict[int, Network], views: Views, device: torch.device, bf16: bool):
+        self.source, self.views, self.device, self.bf16 = source, views, device, bf16
+        self.networks = {index: network.to(device).eval().requires_grad_(False)
+                         for index, network in networks.items()}
+
+    def answer(self, routes: Routes, ids: np.ndarray, epoch: int, flat: torch.Tensor) -> None:
+        """Write this source's soft targets of one step into its slice of `flat`, fp16 on the host.
+
+        ids: int64 [batch], the step's samples in global order.
+        """
+        mine = routes.source == self.source
+        positions = np.unique(routes.position[mine])
+        images = self.views.batch(torch.from_numpy(ids[positions]), epoch)
+        for index, network in self.networks.items():
+            rows = np.flatnonzero(mine & (routes.teacher == index))
+            if len(rows) == 0:
+                continue
+            asked = torch.from_numpy(np.searchsorted(positions, routes.position[rows]))
+            logits = centred(self.forward(network, images[asked]))
+            start = int(routes.offset[rows[0]])
+            flat[start:start + logits.numel()].view(logits.shape).copy_(logits)
+
+    def forward(self, network: Network, images: torch.Tensor) -> torch.Tensor:
+        """Logits of any number of images, fp32 [images, classes of the teacher]."""
+        parts = []
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            for block in images.split(BLOCK):
+                padding = block.new_zeros((BLOCK - len(block), *block.shape[1:]))
+                parts.append(network(torch.cat([block, padding]).to(self.device))[:len(block)].float())
+        return torch.cat(parts)
+
+
+def centred(logits: torch.Tensor) -> torch.Tensor:
+    """Rows minus their mean, in fp16: a softmax does not see the shift, and fp16 keeps 11 bits of what is left."""
+    return (logits - logits.mean(1, keepdim=True)).half()

@@ -1,0 +1,97 @@
+"""Progress and its absence: no wait without an end, and no timer on a healthy wait.
+
+A thread on every rank writes what its rank does to the store. A rank that has stood still for `limit` seconds, while
+nobody else moved either (a long validation elsewhere is progress), names the stalest rank and ends its process. The
+same thread ends a rank whose job another rank has given up.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+EXIT_HANG = 3
+GRACE = 10.0  # seconds for a rank to end by itself after another gave the job up
+
+
+class Watchdog(threading.Thread):
+    """store: a connection of its own; say: prints one line to the user; ended by stop()."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int, role: str, limit: float, say: Callable[[str], None]):
+        super().__init__(daemon=True, name="watchdog")
+        self.store, self.rank, self.size, self.role = store, rank, size, role
+        self.limit, self.say = limit, say
+        self.phase, self.step, self.group, self.count = "starting", 0, "none", 0
+        self.stop_requested = threading.Event()  # some rank asked the whole job to stop
+        self._done = threading.Event()
+
+    def beat(self, phase: str, step: int, group: str | None = None) -> None:
+        """Progress: cheap enough for every step. `group` names what the rank is about to wait for."""
+        self.phase, self.step, self.count = phase, step, self.count + 1
+        if group is not None:
+            self.group = group
+
+    def stop(self) -> None:
+        self._done.set()
+
+    def run(self) -> None:
+        tick, seen, moved, aborted = 0, -1, time.monotonic(), None
+        others: dict[int, tuple[int, int]] = {}  # rank -> (count, tick) as last read
+        silent: dict[int, float] = {}  # rank -> since when its thread has not ticked
+        while not self._done.wait(min(2.0, self.limit / 20)):
+            now, tick = time.monotonic(), tick + 1
+            if self.count != seen:
+                seen, moved, others, silent = self.count, now, {}, {}
+            try:
+                self._publish(tick, now - moved)
+                if self.store.check(["abort"]):
+                    aborted = aborted or now
+                    if now - aborted > GRACE:
+                        os._exit(int(self.store.get("abort").decode()))
+                if self.store.check(["stop"]):
+                    self.stop_requested.set()
+                if now - moved < self.limit / 4:
+                    continue
+                records = self._read()
+            except RuntimeError as error:
+                if now - moved > self.limit and not self._done.is_set():
+                    self._end(f"the store does not answer ({str(error).splitlines()[0]})")
+                continue
+            for rank, record in records.items():
+                before = others.get(rank)
+                if before and record["count"] != before[0]:
+                    moved = now  # somebody works: start over
+                if not before or record["tick"] != before[1]:
+                    silent[rank] = now
+                others[rank] = (record["count"], record["tick"])
+            if now - moved > self.limit and not self._done.is_set():
+                self._end(self._stalest(records, silent, now))
+
+    def _publish(self, tick: int, age: float) -> None:
+        record = {"role": self.role, "phase": self.phase, "step": self.step, "count": self.count, "tick": tick,
+                  "age": round(age, 1)}
+        self.store.set(f"beat/{self.rank}", json.dumps(record))
+
+    def _read(self) -> dict[int, dict]:
+        keys = {rank: f"beat/{rank}" for rank in range(self.size) if rank != self.rank}
+        return {rank: json.loads(self.store.get(key)) for rank, key in keys.items() if self.store.check([key])}
+
+    def _stalest(self, records: dict[int, dict], silent: dict[int, float], now: float) -> str:
+        absent = [rank for rank in range(self.size) if rank != self.rank and rank not in records]
+        if absent:
+            return f"rank {absent[0]} has never been heard of"
+        mute = [rank for rank in records if now - silent[rank] > self.limit / 4]
+        everyone = {**records, self.rank: {"role": self.role, "phase": self.phase, "step": self.step,
+                                           "age": self.limit, "count": self.count}}
+        rank = mute[0] if mute else max(everyone, key=lambda r: (everyone[r]["age"], -everyone[r]["count"]))
+        who = everyone[rank]
+        state = "does not answer at all" if mute else f"has stood still for {who['age']:.0f} s"
+        return f"the stalest is rank {rank} ({who['role']}), last in {who['phase']} at step {who['step']}, which {state}"
+
+    def _end(self, why: str) -> None:
+        self.say(f"pkd: hang: rank {self.rank} ({self.role}) waited {self.limit:.0f} s in {self.phase} at step "
+                 f"{self.step} for {self.group} without anybody's progress; {why}; raise timeouts.step if that is healthy")
+        os._exit(EXIT_HANG)

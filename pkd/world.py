@@ -1,0 +1,153 @@
+"""This process among the others: store, device, islands and bridges.
+
+An *island* is a group of ranks whose default process group is itself, so DeepSpeed's WORLD is the island. A *bridge* is
+a raw gloo group over host memory that joins islands. All addresses go through one store, under the launch's attempt.
+"""
+
+import datetime
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from pkd.errors import LocalError, UserError
+from pkd.launcher import Launch
+from pkd.recipe import Timeouts
+
+
+class LostPeer(Exception):
+    """A collective broke: another rank ended, or the network did. Names group, step, rank and role."""
+
+
+class World:
+    def __init__(self, launch: Launch, timeouts: Timeouts):
+        self.launch, self.timeouts = launch, timeouts
+        self.rank, self.size = launch.rank, launch.world_size
+        self.device = _device(launch.local_rank)
+        self.store = self.connect()
+        self.bridges: list[dist.ProcessGroupGloo] = []
+
+    def connect(self) -> dist.Store:
+        """A connection to the store of its own (one client's waits block its other users)."""
+        launch = self.launch
+        if launch.port == 0:
+            store = getattr(self, "_local", None) or dist.HashStore()
+            self._local = store
+            return dist.PrefixStore(f"pkd/{launch.attempt}", store)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(launch.address, launch.port))
+        serve = launch.serves_store and not hasattr(self, "store")
+        listener = _listen(launch.address, launch.port) if serve else None
+        try:
+            store = dist.TCPStore(launch.address, launch.port, launch.world_size, is_master=serve,
+                                  timeout=datetime.timedelta(seconds=self.timeouts.start), wait_for_workers=False,
+                                  master_listen_fd=listener)
+        except (RuntimeError, ValueError) as error:
+            raise LocalError(f"rank {launch.rank} could not reach the store at {launch.address}:{launch.port} within "
+                            f"{self.timeouts.start:.0f} s ({str(error).splitlines()[0]}): check that rank 0 runs "
+                            "there and that the port is open") from None
+        return dist.PrefixStore(f"pkd/{launch.attempt}", store)
+
+    def join_island(self, name: str, ranks: list[int]) -> None:
+        """Make `ranks` the default process group of this process; DeepSpeed reads rank and size from the environment."""
+        me = ranks.index(self.rank)
+        os.environ.update(RANK=str(me), WORLD_SIZE=str(len(ranks)), LOCAL_RANK=str(self.device.index or 0),
+                          MASTER_ADDR=self.launch.address, MASTER_PORT=str(self.launch.port))
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.PrefixStore(f"island/{name}", self.store), rank=me,
+                                world_size=len(ranks), timeout=datetime.timedelta(seconds=self.timeouts.group))
+
+    def leave_island(self) -> None:
+        import deepspeed
+
+        if deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()  # releases DeepSpeed's own references to the groups as well
+        elif dist.is_initialized():
+            dist.destroy_process_group()
+
+    def bridge(self, name: str, ranks: list[int]) -> dist.ProcessGroupGloo | None:
+        """A gloo group across islands, the first of `ranks` its root; None outside it or for a single rank."""
+        if self.rank not in ranks or len(ranks) == 1:
+            return None
+        group = dist.ProcessGroupGloo(dist.PrefixStore(f"bridge/{name}", self.store), ranks.index(self.rank),
+                                      len(ranks), datetime.timedelta(seconds=self.timeouts.group))
+        self.bridges.append(group)
+        return group
+
+    def first(self, name: str, decide: Callable[[], Any], by: int = 0) -> Any:
+        """decide() on rank `by` alone, its JSON-able answer on every rank that asks; its UserError ends them all.
+
+        `name` must differ between calls.
+        """
+        key = f"first/{name}"
+        if self.rank == by:
+            try:
+                answer = {"ok": decide()}
+            except UserError as error:
+                self.store.set(key, json.dumps({"error": str(error)}))
+                raise
+            self.store.set(key, json.dumps(answer))
+            return answer["ok"]
+        answer = json.loads(self.store.get(key))
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer["ok"]
+
+    def close(self, beat: Callable[[], None] = lambda: None) -> None:
+        """Wait until every rank is here, then drop all groups; the store's server leaves last.
+
+        A raw group that is alive at the interpreter's exit aborts the process at random.
+        """
+        self.store.add("finished", 1)
+        while self.store.add("finished", 0) < self.size:
+            beat()
+            time.sleep(0.02)
+        self.bridges.clear()
+        self.leave_island()
+        if self.store.add("left", 1) == self.size or not self.launch.serves_store:
+            return
+        deadline = time.monotonic() + 30
+        while self.store.add("left", 0) < self.size and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
+def _device(local_rank: int) -> torch.device:
+    """The visible GPU of this rank (ranks beyond their number share them), or the CPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _interface(address: str, port: int) -> str:
+    """Name of the network interface that reaches `address`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, port))
+        except OSError as error:
+            raise LocalError(f"the master address {address} cannot be reached ({error}): check MASTER_ADDR") from None
+        mine = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address == mine for a in addresses):
+            return name
+    raise LocalError(f"no network interface has the address {mine} that reaches {address}: set GLOO_SOCKET_IFNAME")
+
+
+def _listen(address: str, port: int) -> int:
+    """A listening socket on the job's own interface only, handed to the store's server."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((address, port))
+        listener.listen(4096)
+    except OSError as error:
+        raise UserError(f"rank 0 cannot serve the store at {address}:{port} ({error.strerror}): choose another "
+                        "MASTER_PORT, or end the job that holds it") from None
+    return listener.detach()

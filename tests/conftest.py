@@ -1,0 +1,53 @@
+"""A small real problem for the tests with real processes: 480 of scikit-learn's digits, tiny networks."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from ranks import run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A recipe file: 10 classes, three levels, two students, 11 steps an epoch."""
+    from sklearn.datasets import load_digits
+
+    folder = tmp_path_factory.mktemp("tiny")
+    digits = load_digits()
+    images = (digits.images * 255 / 16).astype(np.uint8)
+    np.savez(folder / "digits.npz", x=images[:480], y=digits.target[:480].astype(np.int64))
+    small = {"name": "pkd_resnet_s", "width": 0.25}
+    recipe = {
+        "name": "tiny", "data": {"name": "npz", "path": str(folder / "digits.npz")}, "views": {"crop": 1},
+        "pyramid": [{"teachers": 1, "model": small}, {"teachers": 2, "model": small},
+                    {"classes": [[0, 1, 2], [3, 4], [5, 6, 7, 8, 9]], "model": small}],
+        "teachers": {"steps": 30, "batch": 32, "evaluate_every": 10, "lr": 0.1},
+        "students": [{"name": "mobile", "model": {"name": "pkd_mobile", "width": 0.25}, "lr": 0.05},
+                     {"name": "shuffle", "model": {"name": "pkd_shuffle", "width": 0.25}, "lr": 0.1}],
+        "distill": {"epochs": 2, "batch": 32}, "trace": True, "timeouts": {"start": 60, "step": 30},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="session")
+def taught_once(tiny, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("taught") / "run"
+    run(2, "teach", tiny, "--run", folder)
+    return folder
+
+
+@pytest.fixture
+def taught(taught_once, tmp_path):
+    """make(name) -> a new run folder in which the teachers are already trained."""
+    def make(name: str) -> Path:
+        shutil.copytree(taught_once, tmp_path / name)
+        return tmp_path / name
+    return make

@@ -1,0 +1,106 @@
+"""Real pkd processes for the tests: one a rank, on this machine, each with its own output and exit code."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what a launcher or Slurm put there."""
+    kept = {key: value for key, value in os.environ.items() if key not in LAUNCHER and not key.startswith("SLURM_")}
+    return {**kept, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+class Ranks:
+    """`world` processes of `python -m pkd <arguments>`, as the deepspeed launcher would start them."""
+
+    def __init__(self, world: int, *arguments, env: dict[str, str] | None = None, cwd: Path | None = None):
+        port = str(free_port())
+        self.processes = []
+        for rank in range(world):
+            own = {**clean_environment(), **(env or {})}
+            if world > 1:
+                own.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                           MASTER_PORT=port)
+            self.processes.append(subprocess.Popen(
+                [sys.executable, "-m", "pkd", *map(str, arguments)], env=own, cwd=cwd or REPOSITORY, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL))
+
+    def wait(self, timeout: float = 120.0) -> list[Ended]:
+        """What every rank said and how it ended; a rank that outlasts the timeout fails the test."""
+        deadline = time.monotonic() + timeout
+        ended = []
+        try:
+            for process in self.processes:
+                out, err = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+                ended.append(Ended(process.returncode, out, err))
+        finally:
+            for process in self.processes:
+                process.kill()
+        return ended
+
+
+def run(world: int, *arguments, timeout: float = 120.0, **options) -> list[Ended]:
+    """Run pkd on `world` ranks to its end, which must be a success."""
+    ended = Ranks(world, *arguments, **options).wait(timeout)
+    assert [one.code for one in ended] == [0] * world, [(one.code, one.err[-2000:]) for one in ended]
+    return ended
+
+
+def refused(world: int, *arguments, **options) -> str:
+    """Run pkd and return the one sentence with which it must end: exit code 2 everywhere, said once, no traceback."""
+    ended = Ranks(world, *arguments, **options).wait()
+    assert [one.code for one in ended] == [2] * world, [(one.code, one.out, one.err) for one in ended]
+    said = "".join(one.err for one in ended)
+    assert said.startswith("pkd: ") and said.count("\n") == 1 and "Traceback" not in said, said
+    return said.strip()
+
+
+def wait_for_step(run_folder: Path, step: int, timeout: float = 90.0) -> None:
+    """Until steps.jsonl holds the line of optimizer step `step`."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        path = run_folder / "steps.jsonl"
+        if path.exists() and any(json.loads(line)["step"] >= step for line in path.read_text().splitlines(True)
+                                 if line.endswith("\n")):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{run_folder} never reached step {step}")
+
+
+def trace(run_folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_folder / "steps.jsonl").read_text().splitlines()]
+
+
+def students(run_folder: Path) -> dict[str, bytes]:
+    """Every student's weights as they lie on disk."""
+    files = sorted((run_folder / "students").glob("*.safetensors"))
+    assert files
+    return {path.name: path.read_bytes() for path in files}
+
+
+def teachers(run_folder: Path) -> dict[str, bytes]:
+    files = sorted((run_folder / "teachers").glob("*.safetensors"))
+    assert files
+    return {path.name: path.read_bytes() for path in files}

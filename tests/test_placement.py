@@ -1,0 +1,174 @@
+"""The planner: nobody is forgotten, loads are even, and what does not fit is refused with its numbers."""
+
+import json
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pkd.errors import UserError
+from pkd.placement import SAMPLES_PER_RANK, Placement, check_batch, place, share_out
+from pkd.recipe import Recipe
+from pkd.recipe_file import parse_recipe
+from pkd.schedule import BLOCK
+
+quick = settings(max_examples=80, deadline=None)
+
+
+def recipe(batch: int = 256, **placement) -> Recipe:
+    return parse_recipe({
+        "name": "r", "data": {"name": "digits"}, "pyramid": [{"model": "m", "teachers": 1}],
+        "students": [{"name": "s", "model": "m"}], "distill": {"batch": batch}, "placement": placement})
+
+
+def costs_of(*, least: int = 1, most: int = 7) -> st.SearchStrategy[dict[str, float]]:
+    return st.lists(st.floats(0.1, 100), min_size=least, max_size=most).map(
+        lambda loads: {f"t{i}": load for i, load in enumerate(loads)})
+
+
+@st.composite
+def fixed_replicas(draw, costs: dict[str, float], most: int) -> dict[str, int]:
+    some = draw(st.sets(st.sampled_from(sorted(costs))))
+    return {name: draw(st.integers(1, most)) for name in sorted(some)}
+
+
+def ranks_of(placement: Placement, teacher: str) -> list[int]:
+    return [source.rank for source in placement.sources for name in source.teachers if name == teacher]
+
+
+def best_unsplit(costs: dict[str, float], ranks: int) -> float:
+    """The lowest possible highest load if no teacher is shared, by trying every assignment."""
+    return min(max(sum(cost for cost, at in zip(costs.values(), where) if at == rank) for rank in range(ranks))
+               for where in product(range(ranks), repeat=len(costs)))
+
+
+@given(data=st.data(), kind=st.sampled_from(["co-located", "dedicated"]), world=st.integers(2, 8),
+       costs=costs_of(least=3))
+@quick
+def test_every_teacher_is_placed_on_distinct_ranks_that_may_hold_it(data, kind, world, costs):
+    students = data.draw(st.integers(max(1, world - 3), world - 1)) if kind == "dedicated" else world
+    hosts = range(students, world) if kind == "dedicated" else range(world)
+    replicas = data.draw(fixed_replicas(costs, most=len(hosts)))
+    wish = recipe(kind=kind, replicas=replicas, **({"student_ranks": students} if kind == "dedicated" else {}))
+    placement = place(wish, world, costs)
+    assert (placement.kind, placement.world, placement.student_ranks) == (kind, world, students)
+    for teacher in costs:
+        at = ranks_of(placement, teacher)
+        assert at and len(set(at)) == len(at) and set(at) <= set(hosts)
+        assert teacher not in replicas or len(at) == replicas[teacher]
+    assert all(source.teachers for source in placement.sources)
+    assert [placement.role(rank) for rank in range(world)] == ["student"] * students + ["teacher"] * (world - students)
+    if kind == "dedicated":
+        assert [source.rank for source in placement.sources] == list(hosts)
+
+
+@given(data=st.data(), world=st.integers(1, 8), costs=costs_of())
+@quick
+def test_a_ranks_load_is_the_sum_of_its_shares(data, world, costs):
+    placement = place(recipe(kind="co-located", replicas=data.draw(fixed_replicas(costs, world))), world, costs)
+    for source in placement.sources:
+        shares = [costs[name] / len(ranks_of(placement, name)) for name in source.teachers]
+        assert source.load == pytest.approx(sum(shares))
+    assert sum(source.load for source in placement.sources) == pytest.approx(sum(costs.values()))
+
+
+@given(ranks=st.integers(1, 3), costs=costs_of(most=6), most=st.integers(1, 4))
+@quick
+def test_the_highest_load_is_within_longest_first_s_bound_of_the_optimum(ranks, costs, most):
+    """Graham's (4/3 - 1/(3m)) holds against the best assignment of whole teachers; replicas may only improve on it."""
+    highest = max(load for _, load in share_out(costs, ranks, {}, most))
+    assert highest <= (4 / 3 - 1 / (3 * ranks)) * best_unsplit(costs, ranks) * (1 + 1e-9)
+    assert highest >= max(sum(costs.values()) / ranks, max(costs.values()) / min(ranks, most)) * (1 - 1e-9)
+
+
+@given(cost=st.floats(0.1, 100), ranks=st.integers(1, 16))
+@quick
+def test_a_single_teacher_is_shared_by_all_ranks_that_its_blocks_can_feed(cost, ranks):
+    shares = share_out({"top": cost}, ranks, {}, most=ranks)
+    assert all(teachers == ["top"] and load == pytest.approx(cost / ranks) for teachers, load in shares)
+
+
+@given(world=st.integers(2, 12), students=st.integers(1, 11), batch=st.sampled_from([96, 128, 256]), costs=costs_of())
+@quick
+def test_teacher_ranks_are_refused_only_if_there_are_not_enough_shares_for_them(world, students, batch, costs):
+    students = min(students, world - 1)
+    hosts, blocks = world - students, -(-batch // BLOCK)
+    feasible = hosts <= len(costs) * min(hosts, blocks)
+    try:
+        placement = place(recipe(batch, kind="dedicated", student_ranks=students), world, costs)
+        assert feasible and len(placement.sources) == hosts
+    except UserError as refusal:
+        assert not feasible and f"{hosts} teacher ranks were asked for" in str(refusal)
+
+
+@given(data=st.data(), world=st.integers(1, 8), costs=costs_of())
+@quick
+def test_placement_is_deterministic_and_survives_json(data, world, costs):
+    wish = recipe(kind="co-located", replicas=data.draw(fixed_replicas(costs, world)))
+    placement = place(wish, world, costs)
+    assert place(wish, world, dict(costs)) == placement
+    assert Placement.from_json(json.loads(json.dumps(placement.to_json()))) == placement
+
+
+@given(batch=st.integers(1, 600), ranks=st.integers(1, 64), accumulation=st.integers(1, 4))
+@quick
+def test_the_batch_refusal_names_the_number_that_would_fit(batch, ranks, accumulation):
+    smallest = batch // ranks // accumulation
+    try:
+        check_batch(batch, ranks, accumulation)
+        assert smallest >= SAMPLES_PER_RANK
+    except UserError as refusal:
+        assert smallest < SAMPLES_PER_RANK
+        fits = int(str(refusal).split("at most ")[1].split()[0])
+        assert fits < ranks and f"you asked for {ranks}" in str(refusal)
+        if fits:
+            check_batch(batch, fits, accumulation)
+
+
+def test_auto_is_single_alone_and_half_students_otherwise():
+    costs = {"top": 2.0, "left": 1.0}
+    assert place(recipe(), 1, costs).kind == "single"
+    placement = place(recipe(), 5, costs)
+    assert (placement.kind, placement.student_ranks) == ("dedicated", 2)
+
+
+@pytest.mark.parametrize("kind", ["auto", "co-located", "dedicated"])
+def test_without_teachers_every_rank_trains_students(kind):
+    placement = place(recipe(kind=kind), 4, {})
+    assert placement.student_ranks == 4 and placement.sources == ()
+
+
+def test_a_heavy_teacher_is_shared_and_light_ones_are_not():
+    placement = place(recipe(kind="dedicated", student_ranks=1), 4, {"top": 10.0, "left": 1.0, "right": 1.0})
+    assert len(ranks_of(placement, "top")) > 1
+    assert max(source.load for source in placement.sources) < 10
+
+
+TWO = {"top": 2.0, "left": 1.0}
+REFUSED = {
+    "too many student ranks": (
+        recipe(32, kind="dedicated", student_ranks=48), 60, TWO,
+        ["batch 32 feeds at most 4 student ranks", "you asked for 48"]),
+    "too many micro batches": (
+        recipe(64, kind="co-located", accumulation=3), 4, TWO,
+        ["batch 64 feeds at most 2 student ranks", "3 micro batches", "you asked for 4"]),
+    "single on two": (recipe(kind="single"), 2, TWO, ["2 were started"]),
+    "dedicated on one": (recipe(kind="dedicated"), 1, TWO, ["at least 2 ranks", "found 1"]),
+    "no rank left": (recipe(kind="dedicated", student_ranks=4), 4, TWO, ["student_ranks is 4", "at most 3"]),
+    "more student ranks than ranks": (recipe(kind="dedicated", student_ranks=9), 4, TWO, ["is 9", "at most 3"]),
+    "replicas of nobody": (recipe(kind="co-located", replicas={"lefft": 2}), 4, TWO, ["'lefft'", "mean 'left'"]),
+    "replicas without ranks": (
+        recipe(kind="co-located", replicas={"top": 5}), 4, TWO, ["replicas.top", "5 ranks", "at most 4"]),
+    "replicas without blocks": (
+        recipe(64, kind="co-located", replicas={"top": 3}), 4, TWO, ["replicas.top", "3 ranks", "at most 2"]),
+    "idle teacher ranks": (
+        recipe(32, kind="dedicated", student_ranks=1), 6, TWO, ["5 teacher ranks", "batch of 32", "2 of them"]),
+}
+
+
+@pytest.mark.parametrize(("wish", "world", "costs", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused_in_one_line_with_its_numbers(wish, world, costs, words):
+    with pytest.raises(UserError) as refusal:
+        place(wish, world, costs)
+    assert all(word in str(refusal.value) for word in words) and len(str(refusal.value).splitlines()) == 1
