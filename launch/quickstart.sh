@@ -11,6 +11,6 @@ ranks=(.venv/bin/torchrun --standalone --nproc_per_node 4 -m pkd)
 export OMP_NUM_THREADS=1 # torchrun would set it, and say so
 
 .venv/bin/pkd plan digits --world 4 "$@"
-"${ranks[@]}" teach digits --run "$run" "$@"
-"${ranks[@]}" distill digits --run "$run" "$@"
+"${ranks[@]}" teach digits --run-folder "$run" "$@"
+"${ranks[@]}" distill digits --run-folder "$run" "$@"
 .venv/bin/pkd evaluate "$run"

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         if name in ("plan", "teach", "distill", "evaluate"):
             own.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
         if name in ("teach", "distill"):
-            own.add_argument("--run", type=Path, help="run folder (default: runs/<name of the recipe>)")
+            own.add_argument("--run-folder", type=Path, help="run folder (default: runs/<name of the recipe>)")
             own.add_argument("--steps", type=_positive, help="end after so many optimizer steps: a smoke run")
         if name == "evaluate":
             own.add_argument("--steps", type=_positive, help="read only so many test images: a smoke run")
@@ -54,10 +54,22 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parse(argv: list[str]) -> argparse.Namespace:
+    """argparse takes overrides only in one place; a user may write them before, between and after the options."""
+    whole = parser()
+    arguments, rest = whole.parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]
+    if unknown:
+        whole.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        arguments.overrides = arguments.overrides + rest
+    return arguments
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # deepspeed's launcher adds --local_rank=N; the environment says the same.
-    arguments = parser().parse_args([a for a in argv if not a.startswith(("--local_rank", "--local-rank"))])
+    arguments = parse([a for a in argv if not a.startswith(("--local_rank", "--local-rank"))])
     try:
         launch = read_launch(os.environ)
     except UserError as error:
@@ -115,7 +127,7 @@ def train(arguments: argparse.Namespace, launch: Launch) -> int:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         from pkd.job import Job  # from here on the slow imports
 
-        job = Job(recipe, arguments.run or Path("runs") / recipe.name, arguments.command, launch, console)
+        job = Job(recipe, arguments.run_folder or Path("runs") / recipe.name, arguments.command, launch, console)
         job.open()
         if arguments.command == "teach":
             from pkd.teach import teach

@@ -66,7 +66,7 @@ class Setup:
             for key, mine in (("teachers", self.teacher_hashes), ("fingerprint", self.data.fingerprint)):
                 if progress[key] != mine:
                     raise UserError(f"checkpoint {path} was made with other {'data' if key == 'fingerprint' else key} "
-                                    "than there are now: restore them, or give another folder with --run")
+                                    "than there are now: restore them, or give another folder with --run-folder")
             self.job.console.say(f"resuming from {path} (epoch {progress['epoch']}, step {progress['step']})")
             return {"checkpoint": str(path), "epoch": progress["epoch"], "step": progress["step"]}
         return self.job.world.first("resume", decide)
@@ -107,7 +107,7 @@ class Setup:
             step += epoch * self.schedule.steps_per_epoch
             name = self.job.recipe.students[student].name
             raise UserError(f"the loss of student {name} was not finite at step {step}, so all ranks stopped: lower its "
-                            "lr, or set warmup_steps or clip, and start in another --run folder")
+                            "lr, or set warmup_steps or clip, and start in another --run-folder")
 
     def _epochs_of(self, steps: int) -> int:
         return min(self.job.recipe.distill.epochs, -(-steps // self.schedule.steps_per_epoch))

@@ -65,8 +65,9 @@ def engine_config(config: dict, ranks: int, accumulation: int, elements: int) ->
     """
     zero = dict(config.get("zero_optimization", {}))
     if stage(config):
+        even = elements + elements % 2  # ZeRO 1 and 2 align their buckets
         buckets = ["reduce_bucket_size", "stage3_prefetch_bucket_size" if stage(config) == 3 else "allgather_bucket_size"]
-        zero.update({bucket: min(zero.get(bucket, elements), elements) for bucket in buckets})
+        zero.update({bucket: min(zero.get(bucket, even), even) for bucket in buckets})
     if stage(config) == 3:
         zero.setdefault("stage3_param_persistence_threshold", 0)  # else small tensors stay whole on every rank
     return {

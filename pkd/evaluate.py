@@ -28,6 +28,7 @@ def evaluate(path: Path, console: Console, overrides: list[str], limit: int | No
     run = RunFolder(path)
     students = finished_students(run, smoke=limit is not None)
     recipe = recipe_of(run, overrides)
+    run = RunFolder(path, recipe.teachers_from)
     torch.set_num_threads(recipe.threads)
     run.open(recipe, "evaluate")
     data = load_data(recipe.data)

@@ -21,7 +21,7 @@ class Job:
 
     def __init__(self, recipe: Recipe, path: Path, phase: str, launch: Launch, console: Console):
         self.recipe, self.phase, self.console = recipe, phase, console
-        self.run = RunFolder(path)
+        self.run = RunFolder(path, recipe.teachers_from)
         self.world = World(launch, recipe.timeouts)
         self.watchdog = Watchdog(self.world.connect(), launch.rank, launch.world_size, phase, recipe.timeouts.start,
                                  console.error)

@@ -86,10 +86,10 @@ def read_teacher(folder: Path, recipe: Recipe, teacher: Teacher, data: DataSet, 
     network, facts = read_network(path)
     if facts.get("class_ids") != list(teacher.classes):
         raise UserError(f"teacher {teacher.name} in {folder} knows classes {_few(facts.get('class_ids'))}, but the "
-                        f"pyramid gives it {_few(list(teacher.classes))}: run pkd teach again in another --run folder")
+                        f"pyramid gives it {_few(list(teacher.classes))}: run pkd teach again in another --run-folder")
     if facts.get("identity") != teacher_identity(recipe, teacher, data):
         raise UserError(f"teacher {teacher.name} in {folder} was trained on other data or by other settings than the "
-                        "recipe's: run pkd teach in another --run folder")
+                        "recipe's: run pkd teach in another --run-folder")
     if complete and facts["steps"] < recipe.teachers.steps:
         raise UserError(f"teacher {teacher.name} in {folder} was trained for {facts['steps']} of "
                         f"{recipe.teachers.steps} steps: run pkd teach to finish it, or pass --steps for a smoke run")

@@ -174,7 +174,7 @@ class Timeouts(Section):
 
 class Recipe(Section):
     FREE: ClassVar = ("name", "placement", "deepspeed", "window", "ballot_every", "timeouts", "threads", "trace",
-            "checkpoint_minutes", "compare_views")
+                      "checkpoint_minutes", "compare_views", "teachers_from")
     name: Name
     seed: Seed = 0
     data: Data
@@ -189,6 +189,7 @@ class Recipe(Section):
     window: Annotated[int, Field(ge=1, le=64)] = 2  # steps that soft targets may travel ahead of the students
     ballot_every: Annotated[int, Field(ge=1, le=1000)] = 1  # steps between votes
     timeouts: Timeouts = Timeouts()
+    teachers_from: str | None = None  # a run folder whose teachers are used in place of this run's own
     threads: Whole = 1  # of each process on a CPU; another number changes the last bits of the losses
     trace: bool = False  # write every step's losses to steps.jsonl; costs a reduction a step
     checkpoint_minutes: Positive = 10.0

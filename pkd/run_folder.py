@@ -14,11 +14,14 @@ from pkd.recipe_file import difference, digest, identity
 
 
 class RunFolder:
-    """Paths of a run; `open` checks or creates it and takes its lock."""
+    """Paths of a run; `open` checks or creates it and takes its lock.
 
-    def __init__(self, path: Path):
+    teachers_from: another run folder, whose teachers are read in place of this one's own.
+    """
+
+    def __init__(self, path: Path, teachers_from: str | None = None):
         self.path = path
-        self.teachers = path / "teachers"
+        self.teachers = (Path(teachers_from) if teachers_from else path) / "teachers"
         self.students = path / "students"
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
@@ -36,7 +39,7 @@ class RunFolder:
             found = read_json(self.path / "run.json")
             if found.get("identity") != record["identity"]:
                 raise UserError(f"run folder {self.path} belongs to another recipe: "
-                                f"{difference(asked, found.get('recipe', {}))}; give another folder with --run, or "
+                                f"{difference(asked, found.get('recipe', {}))}; give another folder with --run-folder, or "
                                 "delete that one")
             before = found.get("free", {}).get("threads")
             if before != recipe.threads:
@@ -64,7 +67,7 @@ class RunFolder:
         except OSError:
             self._lock.seek(0)
             raise UserError(f"run folder {self.path} is being written by another job ({self._lock.read().strip()}): "
-                            "wait for it, end it, or give another folder with --run") from None
+                            "wait for it, end it, or give another folder with --run-folder") from None
         self._lock.truncate(0)
         self._lock.write(json.dumps({"phase": phase, "host": socket.gethostname(), "pid": os.getpid(),
                                      "slurm_job": os.environ.get("SLURM_JOB_ID")}) + "\n")

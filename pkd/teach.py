@@ -30,6 +30,9 @@ from pkd.views import Views
 
 def teach(job: Job, only: str | None, limit: int | None) -> str:
     """Train every teacher that is not there yet, or the one named; "finished" or "stopped"."""
+    if job.recipe.teachers_from:
+        raise UserError(f"teachers_from is {job.recipe.teachers_from}, whose teachers are used as they are: there is "
+                        "nothing to teach here, run pkd distill or leave teachers_from out")
     teachers = _chosen(job.pyramid, only)
     steps = min(job.recipe.teachers.steps, limit or job.recipe.teachers.steps)
     for teacher in teachers:
@@ -125,7 +128,7 @@ class Lesson:
         if votes.broken or late != float("inf"):
             step = min([votes.broken[0]] * bool(votes.broken) + [late])
             raise UserError(f"the loss of teacher {name} was not finite at step {int(step)}: lower teachers.lr, or set "
-                            "teachers.warmup_steps or teachers.clip, and start in another --run folder")
+                            "teachers.warmup_steps or teachers.clip, and start in another --run-folder")
         return votes.stop
 
     def _train_step(self, step: int, mine: slice) -> None:
@@ -169,7 +172,7 @@ class Lesson:
                 self.job.console.report(remark)
             found = read_json(path / "state.json")["progress"]["identity"] if path else None
             if path and found != self._identity():
-                raise UserError(f"{path} belongs to other data or settings: give another folder with --run, or delete "
+                raise UserError(f"{path} belongs to other data or settings: give another folder with --run-folder, or delete "
                                 f"{self.folder}")
             return str(path) if path else None
         path = self.job.world.first(f"resume {self.teacher.name}", decide, by=self.ranks[0])
@@ -231,7 +234,7 @@ def _done_steps(job: Job, teacher: Teacher) -> int:
     facts = read_json(path)
     if facts.get("identity") != teacher_identity(job.recipe, teacher, job.data):
         raise UserError(f"teacher {teacher.name} in {job.run.teachers} was trained on other data or by other settings: "
-                        "give another folder with --run, or delete that teacher")
+                        "give another folder with --run-folder, or delete that teacher")
     return facts["steps"]
 
 

@@ -1,6 +1,5 @@
 """A small real problem for the tests with real processes: 480 of scikit-learn's digits, tiny networks."""
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -38,16 +37,14 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def taught_once(tiny, tmp_path_factory) -> Path:
+def taught(tiny, tmp_path_factory) -> Path:
+    """A run folder whose teachers are trained; other runs read them by teachers_from."""
     folder = tmp_path_factory.mktemp("taught") / "run"
-    run(2, "teach", tiny, "--run", folder)
+    run(2, "teach", tiny, "--run-folder", folder)
     return folder
 
 
 @pytest.fixture
-def taught(taught_once, tmp_path):
-    """make(name) -> a new run folder in which the teachers are already trained."""
-    def make(name: str) -> Path:
-        shutil.copytree(taught_once, tmp_path / name)
-        return tmp_path / name
-    return make
+def new_run(taught, tmp_path):
+    """new_run(name) -> (folder, override): a run folder of that name that uses the trained teachers."""
+    return lambda name: (tmp_path / name, f"teachers_from={taught}")
