@@ -1,27 +1,85 @@
-"""Temporary."""
+"""A labelled image set and its splits: training, validation and test samples by number."""
+
 import hashlib
 from dataclasses import dataclass
-import numpy as np, torch
+
+import numpy as np
+import torch
+
+from pkd.errors import UserError
+from pkd.images import ArrayImages, FileImages
+from pkd.recipe import Data
+from pkd.sources import read_source
+
+
 @dataclass(frozen=True)
 class DataSet:
-    images: object
-    labels: torch.Tensor
-    classes: tuple
-    splits: dict
-    fingerprint: str
-    dropped: int
+    images: ArrayImages | FileImages  # images[ids] -> uint8 [n, channels, height, width], ids int64 on the CPU
+    labels: torch.Tensor  # int64 [samples]
+    classes: tuple[str, ...]
+    splits: dict[str, torch.Tensor]  # "train", "validation", "test": ascending int64 sample numbers, disjoint
+    fingerprint: str  # sha256 of what the data set holds and how it is split
+    dropped: int  # csv rows that had several labels
+
     @property
-    def channels(self): return self.images.shape[1]
+    def channels(self) -> int:
+        return self.images.channels
+
     @property
-    def size(self): return tuple(self.images.shape[2:])
-def load_data(r):
-    if r.name == "digits":
-        from sklearn.datasets import load_digits
-        d = load_digits(); x = (d.images*255/16).astype(np.uint8); y = d.target
-    else:
-        f = np.load(r.path); x, y = f["x"], f["y"]
-    x = torch.from_numpy(x)[:, None]; y = torch.from_numpy(y).long()
-    p = torch.from_numpy(np.random.default_rng(r.seed).permutation(len(x)))
-    n = len(x)//10
-    s = {"test": p[:n].sort()[0], "validation": p[n:2*n].sort()[0], "train": p[2*n:].sort()[0]}
-    return DataSet(x, y, tuple(map(str, range(10))), s, hashlib.sha256(x.numpy().tobytes()).hexdigest(), 0)
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.images.size
+
+
+def load_data(recipe: Data) -> DataSet:
+    """Read the data set that the recipe names and split it by data.seed. Raises UserError.
+
+    The test split is the official one where there is one, else a stratified fraction; validation likewise, of the rest.
+    """
+    source = read_source(recipe)
+    labels, names = source.labels, source.classes
+    everything = np.arange(len(labels))
+    test = everything[source.part == "test"]
+    validation = everything[source.part == "validation"]
+    train = everything[source.part == "train"]
+    _check_counts(labels[train], names, recipe, len(test) == 0, len(validation) == 0)
+    if len(test) == 0 and recipe.test:
+        train, test = stratified(train, labels, recipe.test, [recipe.seed, 0])
+    if len(validation) == 0:
+        train, validation = stratified(train, labels, recipe.validation, [recipe.seed, 1])
+    splits = {"train": train, "validation": validation, "test": test}
+    if len(validation) == 0 or len(test) == 0:
+        raise UserError(f"data.validation and data.test leave {len(validation)} validation and {len(test)} test images "
+                        f"of {len(labels)}: both are needed, raise them (0.1 each by default)")
+    return DataSet(source.images, torch.from_numpy(labels), names,
+                   {key: torch.from_numpy(ids) for key, ids in splits.items()},
+                   _fingerprint(source, splits), source.dropped)
+
+
+def stratified(ids: np.ndarray, labels: np.ndarray, fraction: float, seed: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Split `ids` into (kept, held), ascending: of each class `fraction` rounded, but one at least, is held."""
+    held = []
+    for label in np.unique(labels[ids]):
+        members = np.random.default_rng([*seed, int(label)]).permutation(ids[labels[ids] == label])
+        count = max(1, round(len(members) * fraction)) if fraction else 0
+        held.append(members[:count])
+    held = np.sort(np.concatenate(held)) if held else ids[:0]
+    return np.setdiff1d(ids, held), held
+
+
+def _check_counts(labels: np.ndarray, names: tuple[str, ...], recipe: Data, splits_test: bool, splits_validation: bool):
+    """Every class must have an image left for training after one at least went to each split that is made."""
+    counts = np.bincount(labels, minlength=len(names))
+    needed = 1 + (splits_test and recipe.test > 0) + (splits_validation and recipe.validation > 0)
+    for name, count in zip(names, counts):
+        if count < needed:
+            raise UserError(f"class {name!r} has {count} training image(s), but needs at least {needed} (one for each "
+                            "split): add images or take the class out")
+
+
+def _fingerprint(source, splits: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for part in (repr(source.classes).encode(), source.labels.tobytes(), source.index,
+                 *(ids.astype(np.int64).tobytes() for ids in splits.values())):
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()

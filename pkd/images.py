@@ -1,1 +1,91 @@
-def decode(*a): ...
+"""Images in memory or in files, both indexed by sample number and both uint8 [n, channels, height, width]."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pkd.errors import UserError
+
+
+class ArrayImages:
+    """array: uint8 [samples, channels, height, width] in memory."""
+
+    def __init__(self, array: torch.Tensor):
+        self.array = array
+        self.channels, self.size = array.shape[1], tuple(array.shape[2:])
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.array[ids]
+
+
+class FileImages:
+    """Files decoded when they are asked for, by a pool of threads (Pillow decodes without Python's lock)."""
+
+    def __init__(self, files: list[Path], size: tuple[int, int], grey: bool, workers: int):
+        self.files, self.size, self.grey = files, size, grey
+        self.channels = 1 if grey else 3
+        self.pool = ThreadPoolExecutor(workers)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, ids: torch.Tensor) -> torch.Tensor:
+        decoded = self.pool.map(lambda index: decode(self.files[index], self.size, self.grey), ids.tolist())
+        return torch.stack(list(decoded)) if len(ids) else torch.zeros(0, self.channels, *self.size, dtype=torch.uint8)
+
+
+def decode(file: Path, size: tuple[int, int], grey: bool) -> torch.Tensor:
+    """One image file, uint8 [1 or 3, *size]: the shorter side resized, the centre cut out. Raises UserError."""
+    try:
+        with Image.open(file) as image:
+            image = image.convert("L" if grey else "RGB")
+            if (image.height, image.width) != size:
+                scale = max(size[0] / image.height, size[1] / image.width)
+                wide, high = (max(w, round(side * scale)) for side, w in ((image.width, size[1]), (image.height, size[0])))
+                image = image.resize((wide, high), Image.Resampling.BILINEAR)
+                left, top = (wide - size[1]) // 2, (high - size[0]) // 2
+                image = image.crop((left, top, left + size[1], top + size[0]))
+            pixels = torch.from_numpy(np.array(image))
+    except Exception as error:  # a damaged file makes Pillow raise anything from OSError to struct.error
+        raise UserError(f"image {file} cannot be decoded ({type(error).__name__}: {error}): replace it or take it out "
+                        "of the data") from None
+    return pixels[None] if grey else pixels.permute(2, 0, 1).contiguous()
+
+
+def read_images(files: list[Path], image_size: int | None, workers: int, cache_gib: float) -> ArrayImages | FileImages:
+    """Images of files: decoded at once if all fit in `cache_gib` GiB, else batch by batch; the same bytes either way.
+
+    Grey or colour, and without image_size the size too, are those of the first file. Raises UserError for a file that
+    is missing, damaged (if it is decoded now) or, without image_size, of another size.
+    """
+    missing = next((file for file in files if not os.path.isfile(file)), None)
+    if missing:
+        raise UserError(f"image {missing} is named in the data, but there is no such file: mend the list or the path")
+    size, grey = _shape(files[0])
+    if image_size is None:
+        other = next((file for file in files if _shape(file)[0] != size), None)
+        if other:
+            raise UserError(f"image {files[0]} is {size[1]} x {size[0]} pixels and {other} is "
+                            f"{_shape(other)[0][1]} x {_shape(other)[0][0]}: set data.image_size to the side that all "
+                            "shall have")
+    images = FileImages(files, (image_size, image_size) if image_size else size, grey, workers)
+    if len(files) * images.channels * images.size[0] * images.size[1] > cache_gib * 2**30:
+        return images
+    return ArrayImages(images[torch.arange(len(files))])
+
+
+def _shape(file: Path) -> tuple[tuple[int, int], bool]:
+    """(height, width) and whether it is grey, from the file's header."""
+    try:
+        with Image.open(file) as image:
+            return (image.height, image.width), image.mode in ("L", "1", "I;16")
+    except Exception as error:  # as in decode
+        raise UserError(f"image {file} cannot be read ({type(error).__name__}: {error}): replace it or take it out of "
+                        "the data") from None

@@ -16,7 +16,7 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 def clean_environment() -> dict[str, str]:
     """This process's environment without what a launcher or Slurm put there."""
     kept = {key: value for key, value in os.environ.items() if key not in LAUNCHER and not key.startswith("SLURM_")}
-    return {**kept, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return {**kept, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
 def free_port() -> int:

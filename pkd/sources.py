@@ -1,0 +1,171 @@
+"""Data sets by name: where their images and labels come from. Nothing is unpickled.
+
+Every malformed input ends in a UserError of one sentence.
+"""
+
+import csv
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pkd.errors import UserError, nearest
+from pkd.images import ArrayImages, FileImages, read_images
+from pkd.recipe import Data
+from pkd.source_files import read_cifar, read_idx, read_npz
+
+FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"  # of the package dataset-fashion-mnist
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+@dataclass(frozen=True)
+class Source:
+    images: ArrayImages | FileImages
+    labels: np.ndarray  # int64 [samples]
+    classes: tuple[str, ...]
+    part: np.ndarray  # [samples] of "train", "validation", "test": the official splits; "train" where there is none
+    index: bytes  # what identifies the images: their contents in memory, or files' names and sizes
+    dropped: int = 0
+
+
+def read_source(recipe: Data) -> Source:
+    """The samples of the data set that the recipe names."""
+    readers = {"digits": _digits, "fashion-mnist": _fashion, "cifar10": _cifar, "cifar100": _cifar, "npz": _npz,
+               "folder": _folder, "csv": _csv}
+    source = readers[recipe.name](recipe)
+    if len(source.labels) == 0 or len(source.classes) < 2:
+        raise UserError(f"data set {recipe.name} ({recipe.path}) holds {len(source.labels)} images of "
+                        f"{len(source.classes)} classes: at least 2 classes are needed")
+    return source
+
+
+def in_memory(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], test: int, name: str) -> Source:
+    """A source of arrays, uint8 [n, channels, h, w] and integers [n], the last `test` of them the test split."""
+    if len(images) != len(labels):
+        raise UserError(f"{name} holds {len(images)} images, but {len(labels)} labels: they must be equally many")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
+        raise UserError(f"{name} holds labels from {labels.min()} to {labels.max()}, but {len(classes)} classes have "
+                        f"labels 0 to {len(classes) - 1}: mend the labels or name all classes")
+    part = np.array(["train"] * (len(labels) - test) + ["test"] * test)
+    images = np.ascontiguousarray(images)
+    index = hashlib.sha256(repr(images.shape).encode() + images.tobytes()).digest()
+    return Source(ArrayImages(torch.from_numpy(images)), labels.astype(np.int64), classes, part, index)
+
+
+def _digits(recipe: Data) -> Source:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
+    return in_memory(pixels, digits.target, tuple(str(digit) for digit in range(10)), 0, "digits")
+
+
+def _fashion(recipe: Data) -> Source:
+    folder = Path(recipe.path or DEBIAN_FASHION)
+    if recipe.download:
+        folder = _downloaded(recipe, "FashionMNIST", "FashionMNIST/raw")
+    if not folder.is_dir():
+        raise UserError(f"fashion-mnist is not in {folder}: install Debian's package dataset-fashion-mnist, or set "
+                        "data.path to a folder with its four IDX files, or data.path and data.download=true")
+    arrays = [read_idx(folder, f"{part}-{kind}", dimensions) for part in ("train", "t10k")
+              for kind, dimensions in (("images-idx3-ubyte", 3), ("labels-idx1-ubyte", 1))]
+    for images, labels in (arrays[:2], arrays[2:]):
+        if len(images) != len(labels):
+            raise UserError(f"fashion-mnist in {folder} holds {len(images)} images for {len(labels)} labels: its files "
+                            "are not of one set")
+    if arrays[0].shape[1:] != arrays[2].shape[1:]:
+        raise UserError(f"fashion-mnist in {folder}: training images are {arrays[0].shape[1:]} pixels and test images "
+                        f"{arrays[2].shape[1:]}: its files are not of one set")
+    images = np.concatenate([arrays[0], arrays[2]])[:, None]
+    return in_memory(images, np.concatenate([arrays[1], arrays[3]]), FASHION, len(arrays[3]), str(folder))
+
+
+def _cifar(recipe: Data) -> Source:
+    fine = recipe.name == "cifar100"
+    if recipe.download:
+        from pkd.source_files import download_cifar
+
+        download_cifar(_path(recipe), fine)
+    images, labels, classes, test = read_cifar(_path(recipe), fine)
+    return in_memory(images, labels, classes, test, f"{recipe.name} in {recipe.path}")
+
+
+def _npz(recipe: Data) -> Source:
+    return in_memory(*read_npz(_path(recipe)), str(recipe.path))
+
+
+def _folder(recipe: Data) -> Source:
+    root = _path(recipe)
+    if not root.is_dir():
+        raise UserError(f"data.path {root} is no folder: give one with a folder of images per class")
+    folders = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+    splits = {split: root / name for name, split in folders.items() if (root / name).is_dir()}
+    if "train" not in splits:
+        splits = {"train": root}
+    names = sorted(entry.name for entry in splits["train"].iterdir() if entry.is_dir())
+    files, labels, parts = [], [], []
+    for split, folder in splits.items():
+        for label in sorted(entry.name for entry in folder.iterdir() if entry.is_dir()):
+            if label not in names:
+                raise UserError(f"{folder} has a class folder {label!r} that {splits['train']} does not have"
+                                f"{nearest(label, names)}")
+            found = sorted(file for file in (folder / label).rglob("*") if file.suffix.lower() in SUFFIXES)
+            files += found
+            labels += [names.index(label)] * len(found)
+            parts += [split] * len(found)
+    return _files(recipe, root, files, np.array(labels, dtype=np.int64), tuple(names), np.array(parts, dtype=str))
+
+
+def _csv(recipe: Data) -> Source:
+    path = _path(recipe)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"data.path {path} cannot be read as CSV ({error}): give a table with a header line") from None
+    known = [str(column) for column in rows[0]] if rows else []
+    for key, column in (("image_column", recipe.image_column), ("label_column", recipe.label_column)):
+        if column not in known:
+            raise UserError(f"data.{key} is {column!r}, but {path} has the columns {', '.join(known) or '(none)'}"
+                            f"{nearest(column, known)}")
+    if any(not row[recipe.image_column] or not row[recipe.label_column] for row in rows):
+        number = next(i for i, row in enumerate(rows) if not row[recipe.image_column] or not row[recipe.label_column])
+        raise UserError(f"row {number + 1} of {path} lacks its image or its label: complete it or take it out")
+    single = [row for row in rows if recipe.label_separator not in row[recipe.label_column]]
+    names = tuple(sorted({row[recipe.label_column].strip() for row in single}))
+    files = [path.parent / row[recipe.image_column] for row in single]
+    labels = np.array([names.index(row[recipe.label_column].strip()) for row in single], dtype=np.int64)
+    return _files(recipe, path.parent, files, labels, names, np.array(["train"] * len(files), dtype=str),
+                  len(rows) - len(single))
+
+
+def _files(recipe: Data, root: Path, files: list[Path], labels: np.ndarray, names: tuple[str, ...],
+           parts: np.ndarray, dropped: int = 0) -> Source:
+    if not files:
+        raise UserError(f"{recipe.path} holds no images ({', '.join(sorted(SUFFIXES))} in a folder per class, or rows "
+                        "of a table): check data.path")
+    images = read_images(files, recipe.image_size, recipe.workers, recipe.cache_gib)
+    # The path as the data names it, not where this machine keeps it.
+    index = "\n".join(f"{file.relative_to(root) if file.is_relative_to(root) else file.name} {file.stat().st_size}"
+                      for file in files)
+    return Source(images, labels, names, parts, f"{images.size}\n{index}".encode(), dropped)
+
+
+def _path(recipe: Data) -> Path:
+    if recipe.path is None:
+        raise UserError(f"data set {recipe.name} needs data.path: set it to where the data is")
+    return Path(recipe.path)
+
+
+def _downloaded(recipe: Data, name: str, inside: str) -> Path:
+    from pkd.vision import torchvision
+
+    try:
+        getattr(torchvision.datasets, name)(str(_path(recipe)), download=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"data set {recipe.name} could not be downloaded to {recipe.path} ({error}): fetch it where "
+                        "there is a network and set data.path") from None
+    return _path(recipe) / inside
