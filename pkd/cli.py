@@ -154,8 +154,8 @@ def _end(console: Console, job, speaks: bool, sentence: str, code: int) -> None:
     """Say it once for the whole job, then leave at once; speaks: whether this rank does, where no store can tell."""
     console.end_progress()
     if job is not None:
-        speaks, code = job.claim(sentence, code)
-    if speaks:
+        code = job.give_up(sentence, code)
+    elif speaks:
         console.error(f"pkd: {sentence}")
     console.discard_log()
     sys.stdout.flush()

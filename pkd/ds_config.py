@@ -58,6 +58,13 @@ def _check(config: dict, name: str) -> None:
         raise UserError(f"DeepSpeed configuration {name} enables both bf16 and fp16: choose one")
 
 
+def check_device(config: dict, name: str, device: str) -> None:
+    """Raises UserError where a kind of device ("cpu", "cuda") cannot run the configuration's dtype."""
+    if precision(config) == "fp16" and device != "cuda":
+        raise UserError(f"DeepSpeed configuration {name} asks for fp16, which DeepSpeed runs on CUDA only, and there is "
+                        "no GPU here: use its bf16 or fp32 sibling")
+
+
 def engine_config(config: dict, ranks: int, accumulation: int, elements: int) -> dict:
     """`config` completed for an engine of `elements` parameters over `ranks` ranks, `accumulation` micro batches a step.
 

@@ -7,6 +7,7 @@ import torch
 
 from pkd.console import Console
 from pkd.data import DataSet, load_data
+from pkd.ds_config import check_device, load_ds_config
 from pkd.launcher import Launch
 from pkd.pyramid import Pyramid, build_pyramid
 from pkd.recipe import Recipe
@@ -33,6 +34,8 @@ class Job:
         for remark in self.world.first("open", lambda: self.run.open(self.recipe, self.phase)):
             self.console.say(remark)
         self.console.log_into(self.run.path / "logs" / f"{self.phase}-rank{self.world.rank}.log")
+        name = self.recipe.deepspeed.teachers if self.phase == "teach" else self.recipe.deepspeed.students
+        check_device(load_ds_config(name), name, self.world.device.type)
         self.beat("reading data")
         self.data: DataSet = load_data(self.recipe.data)
         self.beat("data read")
@@ -54,25 +57,28 @@ class Job:
             self.watchdog.stop_requested.set()
         return self.watchdog.stop_requested.is_set()
 
-    def claim(self, sentence: str, code: int) -> tuple[bool, int]:
-        """After a failure: whether this rank is to print it, and the exit code.
+    def give_up(self, sentence: str, code: int) -> int:
+        """After a failure on this rank: say it, if no other rank was first, and leave. Returns the exit code.
 
-        When one rank fails, the others' collectives break moments later: they leave with the first one's sentence and
-        code. A mistake of the user's (code 2) that shows up as broken connections elsewhere is given time to arrive.
+        When one rank fails, the others' collectives break moments later: they leave with the first one's code, silently.
+        What broke without a word is given a moment for the word to arrive. The rank that serves the store stays until
+        the others have read it: after a mistake of the user's they all come, after a death some may never.
         """
-        store = self.world.store
+        store, patience = self.world.store, 3.0 if code != 2 else 0.0
         try:
-            if code != 2:
-                deadline = time.monotonic() + 3
-                while not store.check(["abort"]) and time.monotonic() < deadline:
-                    time.sleep(0.05)
+            deadline = time.monotonic() + patience
+            while not store.check(["abort"]) and time.monotonic() < deadline:
+                time.sleep(0.05)
             if store.check(["abort"]):
-                return False, int(store.get("abort").decode())
-            mine = store.add("abort/claims", 1) == 1
-            store.set("abort", str(code))
-            return mine, code
-        except RuntimeError:  # the store's server is gone as well: say what this rank knows
-            return code != 2, code
+                code = int(store.get("abort").decode())
+            else:
+                if store.add("abort/claims", 1) == 1:
+                    self.console.error(f"pkd: {sentence}")
+                store.set("abort", str(code))
+            self.world.leave_store(30.0 if code == 2 else 5.0)
+        except RuntimeError:  # the store's server is gone: say what this rank knows
+            self.console.error(f"pkd: {sentence}")
+        return code
 
     def close(self, outcome: str) -> None:
         """Leave together with all ranks."""

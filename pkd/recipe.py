@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Whole = Annotated[int, Field(ge=1, lt=2**31)]
@@ -70,7 +71,8 @@ class Model(Section):
     width: Positive = 1.0  # pkd's own models only
     weights: str | None = None  # a torchvision weights name (such as IMAGENET1K_V1) or a safetensors file
     input_size: Whole | None = None  # pixels a side; None: as the views are
-    mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = None  # per channel, of pixels in [0, 1]; None: 0.5, or as `weights` was trained
+    # Per channel (or one for all) of pixels in [0, 1]; None: 0.5, or as `weights` was trained.
+    mean: tuple[Finite, ...] | None = None
     std: tuple[Positive, ...] | None = None
 
 

@@ -17,7 +17,8 @@ from pkd.shipped import is_file, shipped_file, shipped_names
 def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """The recipe in file `name`, or the shipped recipe of that name, with overrides such as "distill.epochs=3".
 
-    Raises UserError for a missing or unreadable file, an unknown key, a value of the wrong type or range.
+    Raises UserError for a missing or unreadable file, an unknown key, a value of the wrong type or range, a DeepSpeed
+    configuration that is missing or cannot be used.
     """
     path = Path(name)
     if not is_file(path):
@@ -35,7 +36,9 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         raise UserError(f"recipe {name} must be a mapping of keys to values, found {type(tree).__name__}")
     for override in overrides:
         _override(tree, override)
-    return parse_recipe(tree, name)
+    recipe = parse_recipe(tree, name)
+    identity(recipe)  # reads the DeepSpeed configurations that the recipe names
+    return recipe
 
 
 def parse_recipe(tree: dict, name: str = "the recipe") -> Recipe:

@@ -20,14 +20,13 @@ PIXELS = 3 * 32 * 32
 
 def read_idx(folder: Path, stem: str, dimensions: int) -> np.ndarray:
     """uint8 array of an IDX file, gzipped or not: a magic number, big-endian sizes, then the bytes (LeCun et al.)."""
-    for path, opened in ((folder / stem, open), (folder / f"{stem}.gz", gzip.open)):
-        if path.is_file():
-            break
-    else:
+    path = next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
+    if path is None:
         raise UserError(f"{folder} lacks {stem} (plain or .gz): give the folder with all four IDX files")
     try:
-        with opened(path, "rb") as file:
-            content = file.read()
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}): fetch it again") from None
     header = 4 + 4 * dimensions

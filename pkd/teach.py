@@ -172,8 +172,8 @@ class Lesson:
                 self.job.console.report(remark)
             found = read_json(path / "state.json")["progress"]["identity"] if path else None
             if path and found != self._identity():
-                raise UserError(f"{path} belongs to other data or settings: give another folder with --run-folder, or delete "
-                                f"{self.folder}")
+                raise UserError(f"{path} belongs to other data or settings: give another folder with --run-folder, or "
+                                f"delete {self.folder}")
             return str(path) if path else None
         path = self.job.world.first(f"resume {self.teacher.name}", decide, by=self.ranks[0])
         if path is None:

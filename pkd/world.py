@@ -109,10 +109,13 @@ class World:
             time.sleep(0.02)
         self.bridges.clear()
         self.leave_island()
-        if self.store.add("left", 1) == self.size or not self.launch.serves_store:
-            return
-        deadline = time.monotonic() + 30
-        while self.store.add("left", 0) < self.size and time.monotonic() < deadline:
+        self.leave_store(30.0)
+
+    def leave_store(self, patience: float) -> None:
+        """Tell that this rank needs the store no more; who serves it waits so many seconds for all to have said so."""
+        self.store.add("left", 1)
+        deadline = time.monotonic() + patience
+        while self.launch.serves_store and self.store.add("left", 0) < self.size and time.monotonic() < deadline:
             time.sleep(0.02)
 
 

@@ -35,16 +35,17 @@ class Ended:
 class Ranks:
     """`world` processes of `python -m pkd <arguments>`, as the deepspeed launcher would start them."""
 
-    def __init__(self, world: int, *arguments, env: dict[str, str] | None = None, cwd: Path | None = None):
+    def __init__(self, world: int, *arguments, cwds: list[Path] | None = None, env=lambda rank: {},
+                 prefix: tuple[str, ...] = ()):
         port = str(free_port())
         self.processes = []
         for rank in range(world):
-            own = {**clean_environment(), **(env or {})}
+            own = {**clean_environment(), **env(rank)}
             if world > 1:
                 own.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                            MASTER_PORT=port)
             self.processes.append(subprocess.Popen(
-                [sys.executable, "-m", "pkd", *map(str, arguments)], env=own, cwd=cwd or REPOSITORY, text=True,
+                [*prefix, sys.executable, "-m", "pkd", *map(str, arguments)], env=own, cwd=cwds[rank] if cwds else REPOSITORY, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL))
 
     def wait(self, timeout: float = 120.0) -> list[Ended]:
