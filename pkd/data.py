@@ -44,7 +44,8 @@ def load_data(recipe: Data) -> DataSet:
     train = everything[source.part == "train"]
     _check_counts(labels[train], names, recipe, len(test) == 0, len(validation) == 0)
     if len(test) == 0 and recipe.test:
-        train, test = stratified(train, labels, recipe.test, [recipe.seed, 0])
+        spare = 1 + (len(validation) == 0 and recipe.validation > 0)
+        train, test = stratified(train, labels, recipe.test, [recipe.seed, 0], spare)
     if len(validation) == 0:
         train, validation = stratified(train, labels, recipe.validation, [recipe.seed, 1])
     splits = {"train": train, "validation": validation, "test": test}
@@ -56,13 +57,17 @@ def load_data(recipe: Data) -> DataSet:
                    _fingerprint(source, splits), source.dropped)
 
 
-def stratified(ids: np.ndarray, labels: np.ndarray, fraction: float, seed: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Split `ids` into (kept, held), ascending: of each class `fraction` rounded, but one at least, is held."""
+def stratified(ids: np.ndarray, labels: np.ndarray, fraction: float, seed: list[int],
+               spare: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Split `ids` into (kept, held), ascending: of each class `fraction` rounded, but one at least, is held.
+
+    `spare` members of each class are kept whatever the fraction, even where that leaves none to hold.
+    """
     held = []
     for label in np.unique(labels[ids]):
         members = np.random.default_rng([*seed, int(label)]).permutation(ids[labels[ids] == label])
         count = max(1, round(len(members) * fraction)) if fraction else 0
-        held.append(members[:count])
+        held.append(members[:max(0, min(count, len(members) - spare))])
     held = np.sort(np.concatenate(held)) if held else ids[:0]
     return np.setdiff1d(ids, held), held
 

@@ -45,6 +45,8 @@ def decode(file: Path, size: tuple[int, int], grey: bool) -> torch.Tensor:
     """One image file, uint8 [1 or 3, *size]: the shorter side resized, the centre cut out. Raises UserError."""
     try:
         with Image.open(file) as image:
+            if image.mode.startswith("I;16"):  # Pillow's own conversion would cut off at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("L" if grey else "RGB")
             if (image.height, image.width) != size:
                 scale = max(size[0] / image.height, size[1] / image.width)
@@ -85,7 +87,7 @@ def _shape(file: Path) -> tuple[tuple[int, int], bool]:
     """(height, width) and whether it is grey, from the file's header."""
     try:
         with Image.open(file) as image:
-            return (image.height, image.width), image.mode in ("L", "1", "I;16")
+            return (image.height, image.width), image.mode in ("L", "1") or image.mode.startswith("I;16")
     except Exception as error:  # as in decode
         raise UserError(f"image {file} cannot be read ({type(error).__name__}: {error}): replace it or take it out of "
                         "the data") from None

@@ -5,6 +5,7 @@ Every malformed input ends in a UserError of one sentence.
 
 import csv
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def _fashion(recipe: Data) -> Source:
     folder = Path(recipe.path or DEBIAN_FASHION)
     if recipe.download:
         folder = _downloaded(recipe, "FashionMNIST", "FashionMNIST/raw")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"fashion-mnist is not in {folder}: install Debian's package dataset-fashion-mnist, or set "
                         "data.path to a folder with its four IDX files, or data.path and data.download=true")
     arrays = [read_idx(folder, f"{part}-{kind}", dimensions) for part in ("train", "t10k")
@@ -102,9 +103,12 @@ def _folder(recipe: Data) -> Source:
     if not root.is_dir():
         raise UserError(f"data.path {root} is no folder: give one with a folder of images per class")
     folders = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
-    splits = {split: root / name for name, split in folders.items() if (root / name).is_dir()}
-    if "train" not in splits:
-        splits = {"train": root}
+    found = [name for name in folders if (root / name).is_dir()]
+    splits = {folders[name]: root / name for name in found}
+    if "train" not in splits or not any(entry.is_dir() for entry in splits["train"].iterdir()):
+        splits = {"train": root}  # and train/, if any, is a class of that name
+    elif len(splits) < len(found):
+        raise UserError(f"data.path {root} has both val/ and validation/: leave one of them")
     names = sorted(entry.name for entry in splits["train"].iterdir() if entry.is_dir())
     files, labels, parts = [], [], []
     for split, folder in splits.items():
@@ -123,21 +127,23 @@ def _csv(recipe: Data) -> Source:
     path = _path(recipe)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, strict=True))
+            reader = csv.DictReader(file, strict=True)
+            known, rows = list(reader.fieldnames or []), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"data.path {path} cannot be read as CSV ({error}): give a table with a header line") from None
-    known = [str(column) for column in rows[0]] if rows else []
     for key, column in (("image_column", recipe.image_column), ("label_column", recipe.label_column)):
         if column not in known:
             raise UserError(f"data.{key} is {column!r}, but {path} has the columns {', '.join(known) or '(none)'}"
                             f"{nearest(column, known)}")
-    if any(not row[recipe.image_column] or not row[recipe.label_column] for row in rows):
-        number = next(i for i, row in enumerate(rows) if not row[recipe.image_column] or not row[recipe.label_column])
-        raise UserError(f"row {number + 1} of {path} lacks its image or its label: complete it or take it out")
-    single = [row for row in rows if recipe.label_separator not in row[recipe.label_column]]
-    names = tuple(sorted({row[recipe.label_column].strip() for row in single}))
-    files = [path.parent / row[recipe.image_column] for row in single]
-    labels = np.array([names.index(row[recipe.label_column].strip()) for row in single], dtype=np.int64)
+    cells = [(row[recipe.image_column] or "", (row[recipe.label_column] or "").strip()) for row in rows]
+    incomplete = next((number for number, cell in enumerate(cells, 1) if not all(cell)), None)
+    if incomplete:
+        raise UserError(f"row {incomplete} of {path} lacks its image or its label: complete it or take it out")
+    single = [cell for cell in cells if recipe.label_separator not in cell[1]]
+    names = tuple(sorted({label for _, label in single}))
+    number = {name: index for index, name in enumerate(names)}
+    files = [path.parent / image for image, _ in single]
+    labels = np.array([number[label] for _, label in single], dtype=np.int64)
     return _files(recipe, path.parent, files, labels, names, np.array(["train"] * len(files), dtype=str),
                   len(rows) - len(single))
 
@@ -151,12 +157,17 @@ def _files(recipe: Data, root: Path, files: list[Path], labels: np.ndarray, name
     # The path as the data names it, not where this machine keeps it.
     index = "\n".join(f"{file.relative_to(root) if file.is_relative_to(root) else file.name} {file.stat().st_size}"
                       for file in files)
-    return Source(images, labels, names, parts, f"{images.size}\n{index}".encode(), dropped)
+    return Source(images, labels, names, parts, f"{images.size}\n{index}".encode(errors="surrogateescape"), dropped)
 
 
 def _path(recipe: Data) -> Path:
     if recipe.path is None:
         raise UserError(f"data set {recipe.name} needs data.path: set it to where the data is")
+    try:
+        os.stat(recipe.path)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in it
+        if not (recipe.download and isinstance(error, FileNotFoundError)):
+            raise UserError(f"data.path {recipe.path} cannot be read ({error}): set it to where the data is") from None
     return Path(recipe.path)
 
 

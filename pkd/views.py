@@ -71,7 +71,8 @@ class Views:
             out = []
             for view, index in zip(views, ids.tolist()):
                 state = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
-                torch.manual_seed(int(state[0] >> np.uint64(1)))
+                # torch.manual_seed would seed the GPUs' generators too, which fork_rng does not restore here.
+                torch.default_generator.manual_seed(int(state[0] >> np.uint64(1)))
                 out.append(self.transform(view))
         return torch.stack(out) if out else views
 

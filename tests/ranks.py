@@ -36,12 +36,12 @@ class Ranks:
     """`world` processes of `python -m pkd <arguments>`, as the deepspeed launcher would start them."""
 
     def __init__(self, world: int, *arguments, cwds: list[Path] | None = None, env=lambda rank: {},
-                 prefix: tuple[str, ...] = ()):
+                 prefix: tuple[str, ...] = (), launcher: bool = True):
         port = str(free_port())
         self.processes = []
         for rank in range(world):
             own = {**clean_environment(), **env(rank)}
-            if world > 1:
+            if world > 1 and launcher:
                 own.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                            MASTER_PORT=port)
             self.processes.append(subprocess.Popen(

@@ -1,0 +1,177 @@
+"""The commands, from teaching to prediction, and every way of starting them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ranks import REPOSITORY, clean_environment, free_port, refused, run, students, trace
+
+BIN = Path(sys.executable).parent
+LINE = {"epoch", "step", "train", "validation", "ensemble", "learning_rate", "images_per_second", "seconds",
+        "wait_seconds", "peak_memory_bytes"}
+SUMMARY = {"recipe", "identity", "seed", "world_size", "placement", "complete", "teachers", "students", "ensemble",
+           "test_images", "test_readings", "images_per_second", "wall_seconds"}
+NETWORK = {"architecture", "library", "arguments", "width", "classes", "channels", "view_size", "input_channels",
+           "input_size", "mean", "std", "parameters", "sha256", "name", "validation"}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, taught, tmp_path_factory) -> Path:
+    """A run on two ranks, teachers apart."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(2, "distill", tiny, "--run-folder", folder, f"teachers_from={taught}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(finished) -> Path:
+    run(1, "evaluate", finished)
+    return finished
+
+
+def test_evaluate_shows_every_model_and_counts_its_readings_of_the_test_split(evaluated):
+    said = run(1, "evaluate", evaluated)[0].out
+    for name in ("level0", "level1-0", "level2-2", "mobile", "shuffle", "ensemble", str(evaluated)):
+        assert name in said.replace("\n", ""), name
+    assert json.loads((evaluated / "summary.json").read_text())["test_readings"] == 2
+
+
+def test_the_files_of_a_run_hold_the_keys_that_the_readme_names(evaluated, taught):
+    summary = json.loads((evaluated / "summary.json").read_text())
+    assert set(summary) == SUMMARY
+    assert set(summary["teachers"]["level1-0"]) == {"level", "classes", "accuracy", "test_images", "parameters"}
+    assert set(summary["students"]["mobile"]) == {"accuracy", "loss", "parameters", "validation_accuracy"}
+    assert set(summary["ensemble"]) == {"accuracy", "loss", "parameters"}
+    lines = [json.loads(line) for line in (evaluated / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1] and all(set(line) == LINE for line in lines)
+    assert set(lines[0]["train"]["mobile"]) == {"ce", "kl", "loss"}
+    assert set(lines[0]["peak_memory_bytes"]) == {"student", "teacher"}
+    network = json.loads((evaluated / "students" / "mobile.json").read_text())
+    assert set(network) == NETWORK | {"recipe"}
+    teacher = json.loads((taught / "teachers" / "level0.json").read_text())
+    assert set(teacher) == NETWORK | {"level", "class_ids", "steps", "identity"}
+    assert set(json.loads((evaluated / "run.json").read_text())) == {"identity", "recipe", "free"}
+    assert set(json.loads((evaluated / "placement.json").read_text())) == {"wish", "placement"}
+    assert set(json.loads((taught / "pyramid.json").read_text())) == {"classes", "teachers"}
+    assert set(json.loads((evaluated / "students" / "students.json").read_text())) == {
+        "students", "complete", "epochs", "teachers", "world_size", "placement"}
+    state = json.loads((evaluated / "state.json").read_text())
+    assert set(state["distill"]) == {"state", "time", "total_step"} and state["distill"]["state"] == "finished"
+    readme = (REPOSITORY / "README.md").read_text()
+    for key in LINE | SUMMARY | NETWORK:
+        assert f"`{key}`" in readme, f"the README does not explain {key}"
+
+
+def test_the_reported_loss_is_the_mean_of_the_steps_and_the_sum_of_its_terms(finished):
+    first = json.loads((finished / "metrics.jsonl").read_text().splitlines()[0])
+    steps = [line["loss"] for line in trace(finished)[:first["step"]]]
+    for name, terms in first["train"].items():
+        assert terms["loss"] == pytest.approx(np.mean([step[name] for step in steps]), rel=1e-6)
+        assert terms["ce"] + terms["kl"] == pytest.approx(terms["loss"], rel=1e-6)
+
+
+def test_export_and_predict_agree_with_the_run(evaluated, tiny, tmp_path):
+    from pkd.network_file import read_network
+
+    images = np.load(Path(tiny).parent / "digits.npz")["x"][:3]
+    files = [tmp_path / f"{index}.png" for index in range(3)]
+    for file, image in zip(files, images):
+        Image.fromarray(image).save(file)
+    run(1, "export", evaluated, "--to", tmp_path / "ensemble")
+    run(1, "export", evaluated, "--to", tmp_path / "one", "--student", "shuffle")
+    assert "not empty" in refused(1, "export", evaluated, "--to", tmp_path / "one")
+    ensemble = run(1, "predict", evaluated, *files)[0].out
+    assert run(1, "predict", tmp_path / "ensemble", *files)[0].out == ensemble
+    alone = run(1, "predict", evaluated, *files, "--student", "shuffle")[0].out
+    assert run(1, "predict", tmp_path / "one", *files)[0].out == alone
+    network, facts = read_network(tmp_path / "one" / "shuffle")
+    with torch.inference_mode():
+        probabilities = network.eval()(torch.from_numpy(images)[:, None]).softmax(1)
+    for row in probabilities:
+        assert f"{row.max():.4f}" in alone and facts["classes"][row.argmax()] in alone
+    (tmp_path / "no.png").write_bytes(b"no image")
+    assert "no.png" in refused(1, "predict", evaluated, tmp_path / "no.png")
+    assert "mobile, shuffle" in refused(1, "predict", evaluated, files[0], "--student", "shuffel")
+
+
+def test_an_unfinished_run_is_not_evaluated(tiny, new_run, taught):
+    folder, teachers_from = new_run("run")
+    assert "does not exist" in refused(1, "evaluate", folder)
+    assert "not finished" in refused(1, "evaluate", taught)
+    run(1, "distill", tiny, "--run-folder", folder, teachers_from, "--steps", 2)
+    assert "cut short by --steps" in refused(1, "evaluate", folder)
+    run(1, "evaluate", folder, "--steps", 10)
+    assert json.loads((folder / "summary.json").read_text())["test_images"] == 10
+
+
+def test_a_smoke_run_goes_through_all_phases_and_can_be_gone_on_from(tiny, tmp_path):
+    folder = tmp_path / "run"
+    run(1, "teach", tiny, "--run-folder", folder, "--steps", 3)
+    assert "3 of 30 steps" in refused(1, "distill", tiny, "--run-folder", folder)
+    run(1, "distill", tiny, "--run-folder", folder, "--steps", 3)
+    run(1, "evaluate", folder, "--steps", 5)
+    run(1, "teach", tiny, "--run-folder", folder)
+    assert json.loads((folder / "teachers" / "level0.json").read_text())["steps"] == 30
+    assert "other teachers" in refused(1, "distill", tiny, "--run-folder", folder)
+
+
+def test_one_teacher_can_be_trained_alone_and_is_the_same(tiny, taught, tmp_path):
+    folder = tmp_path / "run"
+    run(1, "teach", tiny, "--run-folder", folder, "--teacher", "level2-1")
+    assert (folder / "teachers" / "level2-1.safetensors").read_bytes() == \
+        (taught / "teachers" / "level2-1.safetensors").read_bytes()
+    assert not (folder / "teachers" / "level0.json").exists()
+    assert "did you mean 'level2-1'" in refused(1, "teach", tiny, "--run-folder", folder, "--teacher", "leve2-1")
+
+
+def test_plan_prints_what_would_run_and_starts_nothing(tiny, tmp_path):
+    said = run(1, "plan", tiny, "--world", 4, "--json")[0].out
+    ranks = json.loads(said)["ranks"]
+    assert [rank["role"] for rank in ranks] == ["student", "student", "teacher", "teacher"]
+    assert "level2-2" in run(1, "plan", tiny, "--world", 2)[0].out
+    assert "you asked for 9" in refused(1, "plan", tiny, "--world", 9, "placement.kind=co-located")
+    assert "at least 2 ranks" in refused(1, "plan", tiny, "placement.kind=dedicated")
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "srun"])
+def test_every_launcher_gives_the_same_students(tiny, new_run, finished, launcher):
+    folder, teachers_from = new_run("run")
+    command = ["distill", str(tiny), "--run-folder", str(folder), teachers_from]
+    if launcher == "srun":  # its environment; real Slurm daemons are another test's matter
+        job = str(free_port())  # another job, another port
+        run(2, *command, env=lambda rank: {
+            "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": str(rank), "SLURM_JOB_ID": job,
+            "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost"}, launcher=False)
+    else:
+        start = {"torchrun": ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "pkd"],
+                 "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--module", "pkd"]}
+        environment = {**clean_environment(), "PATH": f"{BIN}:{clean_environment()['PATH']}"}
+        done = subprocess.run([BIN / start[launcher][0], *start[launcher][1:], *command], cwd=REPOSITORY, timeout=120,
+                              env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert students(folder) == students(finished) and trace(folder) == trace(finished)
+
+
+def test_bf16_and_accumulation_run_the_whole_way(tiny, new_run):
+    folder, teachers_from = new_run("run")
+    run(2, "distill", tiny, "--run-folder", folder, teachers_from, "deepspeed.students=zero2-bf16",
+        "placement.kind=dedicated", "placement.accumulation=2", "students.1.optimizer=adamw", "students.1.lr=0.01",
+        "students.0.ema=0.9", "students.0.schedule=plateau", "students.1.clip=1.0", "objective.kind=paper")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[1]["train"]["shuffle"]["loss"] < lines[0]["train"]["shuffle"]["loss"]
+    assert set(lines[0]["train"]["mobile"]) == {"ce", "kl_level0", "kl_level1", "kl_level2", "ensemble", "loss"}
+
+
+def test_terminal_output_is_one_plain_line_an_epoch_and_chatter_goes_to_a_log(tiny, new_run):
+    folder, teachers_from = new_run("run")
+    ended = run(2, "distill", tiny, "--run-folder", folder, teachers_from)
+    lines = ended[0].out.splitlines()
+    assert sum(line.startswith("epoch ") for line in lines) == 2
+    assert all(line.startswith(("epoch ", "dedicated: ", "  rank ")) for line in lines), lines
+    assert ended[1].out == "" and all(one.err == "" for one in ended)
+    assert "DeepSpeed" in (folder / "logs" / "distill-rank0.log").read_text()
