@@ -14,7 +14,7 @@ from pkd.network_file import read_network, read_teacher
 from pkd.objective import asked
 from pkd.pyramid import build_pyramid
 from pkd.recipe import Recipe
-from pkd.recipe_file import parse_recipe
+from pkd.recipe_file import override, parse_recipe
 from pkd.run_folder import RunFolder
 from pkd.validate import validate
 from pkd.views import Views
@@ -76,13 +76,11 @@ def finished_students(run: RunFolder, smoke: bool) -> list[tuple[Network, dict]]
 
 def recipe_of(run: RunFolder, overrides: list[str]) -> Recipe:
     """The recipe that a run folder was made with; overrides may change its free part, such as data.path."""
-    from pkd.recipe_file import _override
-
     record = read_json(run.path / "run.json")
     tree = merged(record["recipe"], record["free"])
     tree.pop("dtypes", None)
-    for override in overrides:
-        _override(tree, override)
+    for text in overrides:
+        override(tree, text)
     return parse_recipe(tree, str(run.path / "run.json"))
 
 

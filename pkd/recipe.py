@@ -36,21 +36,22 @@ class Data(Section):
     image_size: Whole | None = None  # folder and csv: decoded images are resized and centre-cropped to this
     image_column: str = "image"  # csv only
     label_column: str = "label"  # csv only
-    label_separator: str = "|"  # csv only: a row whose label holds it has several labels, is dropped and counted
+    # csv only: a row whose label holds this has several labels; it is dropped and counted.
+    label_separator: Annotated[str, Field(min_length=1)] = "|"
     workers: Whole = 4  # decoding threads
     cache_gib: NonNegative = 4.0  # decode once at the start if all images fit in this, else batch by batch
 
 
 class Affine(Section):
-    degrees: NonNegative = 0.0
+    degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
     translate: Fraction = 0.0
     scale: Fraction = 0.0  # zoom drawn from [1 - scale, 1 + scale]
-    shear: NonNegative = 0.0
+    shear: Annotated[float, Field(ge=0, lt=90)] = 0.0  # degrees
 
 
 class RandAugment(Section):
     operations: Whole = 2
-    magnitude: Count = 9
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9
 
 
 class Views(Section):
@@ -62,6 +63,12 @@ class Views(Section):
     affine: Affine | None = None
     colour: NonNegative = 0.0  # strength of brightness, contrast and saturation jitter
     randaugment: RandAugment | None = None
+
+    @model_validator(mode="after")
+    def _range_is_in_order(self):
+        if self.resized_crop and not self.resized_crop[0] <= self.resized_crop[1] <= 1:
+            raise ValueError(f"resized_crop needs two fractions in ascending order up to 1, found {self.resized_crop}")
+        return self
 
 
 class Model(Section):

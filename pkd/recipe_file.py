@@ -28,14 +28,14 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
                         f"{nearest(Path(name).stem, shipped_names('recipes'))}: "
                         f"shipped are {', '.join(shipped_names('recipes'))}")
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {name} cannot be read as text: {error}") from None
-    tree = _yaml(text, f"recipe {name}")
+    tree = _yaml(content, f"recipe {name}")
     if not isinstance(tree, dict):
         raise UserError(f"recipe {name} must be a mapping of keys to values, found {type(tree).__name__}")
-    for override in overrides:
-        _override(tree, override)
+    for text in overrides:
+        override(tree, text)
     recipe = parse_recipe(tree, name)
     identity(recipe)  # reads the DeepSpeed configurations that the recipe names
     return recipe
@@ -85,7 +85,8 @@ def _yaml(text: str, what: str) -> Any:
         raise UserError(f"{what} cannot be read as YAML ({type(error).__name__}: {str(error)[:300]})") from None
 
 
-def _override(tree: dict, text: str) -> None:
+def override(tree: dict, text: str) -> None:
+    """Apply "key.sub=value" to plain recipe data; list items by index."""
     path, equals, value = text.partition("=")
     if not equals or not path:
         raise UserError(f"override {text!r} must read key.sub=value")

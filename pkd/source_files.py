@@ -92,6 +92,9 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], int]:
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)} and holds {', '.join(arrays) or 'nothing'}: it needs "
                         "x_train, y_train, x_test and y_test, or x and y")
+    other = [key for key, value in arrays.items() if not isinstance(value, np.ndarray)]
+    if other:
+        raise UserError(f"{path} holds {other[0]!r}, which is no array: give one that numpy.savez wrote")
     images = [_planes(arrays[x], f"{x} of {path}") for x, _ in pairs]
     labels = [_integers(arrays[y], f"{y} of {path}") for _, y in pairs]
     for (x, y), pixels, own in zip(pairs, images, labels):
@@ -104,7 +107,8 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], int]:
     if "classes" in arrays:
         classes = tuple(str(name) for name in np.atleast_1d(arrays["classes"]))
     else:
-        classes = tuple(str(i) for i in range(int(together.max(initial=-1)) + 1 if together.max(initial=0) < 2**20 else 0))
+        largest = int(together.max(initial=-1))
+        classes = tuple(str(label) for label in range(largest + 1)) if largest < 2**20 else ()
     return np.concatenate(images), together, classes, len(labels[1]) if len(labels) == 2 else 0
 
 

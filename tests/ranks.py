@@ -45,8 +45,9 @@ class Ranks:
                 own.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                            MASTER_PORT=port)
             self.processes.append(subprocess.Popen(
-                [*prefix, sys.executable, "-m", "pkd", *map(str, arguments)], env=own, cwd=cwds[rank] if cwds else REPOSITORY, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL))
+                [*prefix, sys.executable, "-m", "pkd", *map(str, arguments)], env=own,
+                cwd=cwds[rank] if cwds else REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                stdin=subprocess.DEVNULL))
 
     def wait(self, timeout: float = 120.0) -> list[Ended]:
         """What every rank said and how it ended; a rank that outlasts the timeout fails the test."""

@@ -54,7 +54,8 @@ def test_contradictions_are_refused_by_name(env, words):
 
 
 @pytest.mark.parametrize(("nodes", "host"), [
-    ("a", "a"), ("a,b", "a"), ("n[3]", "n3"), ("n[03-05,9]", "n03"), ("n[1,7-9],m2", "n1"), ("rack1-n[2-3]-x,b", "rack1-n2-x"),
+    ("a", "a"), ("a,b", "a"), ("n[3]", "n3"), ("n[03-05,9]", "n03"), ("n[1,7-9],m2", "n1"),
+    ("rack1-n[2-3]-x,b", "rack1-n2-x"),
     ("login,gpu[1-2]", "login"),
 ])
 def test_the_first_host_of_a_node_list(nodes, host):

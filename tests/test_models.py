@@ -225,7 +225,7 @@ def test_weights_that_cannot_be_downloaded_are_a_users_error_with_the_remedy(mon
     def offline(self, *args, **kwargs):
         raise urllib.error.URLError("no route to host")
     monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", offline)
-    with pytest.raises(UserError, match="no route to host.*resnet18.*pth.*checkpoints"):
+    with pytest.raises(UserError, match=r"no route to host.*resnet18.*pth.*checkpoints"):
         build(Model(name="resnet18", weights="IMAGENET1K_V1"), 10, 3, (32, 32))
 
 

@@ -31,7 +31,8 @@ def test_plateau_lowers_one_students_rate_after_its_patience_and_no_others():
 
 @given(losses=st.lists(st.floats(0.1, 5), min_size=1, max_size=20), cut=st.integers(0, 20))
 def test_a_schedule_goes_on_from_json_as_if_nothing_had_happened(losses, cut):
-    settings = [Optimisation(schedule="plateau", patience=1, warmup_steps=3), Optimisation(), Optimisation(schedule="plateau")]
+    settings = [Optimisation(schedule="plateau", patience=1, warmup_steps=3), Optimisation(),
+                Optimisation(schedule="plateau")]
     whole, first, second = (Rates(settings, 50) for _ in range(3))
     for step, loss in enumerate(losses):
         whole.validated([loss] * 3)

@@ -181,3 +181,17 @@ def test_colour_on_grey_images_changes_brightness_and_contrast_only():
         values = view.flatten().to(torch.int64)
         assert (values.diff() >= 0).all()
         assert (values.diff()[ramp.flatten().to(torch.int64).diff() == 0] == 0).all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(pad=st.integers(0, 20), flip=st.booleans(), channels=channels_of, seed=seeds, epoch=epochs)
+def test_crop_and_flip_equal_a_loop_over_samples(pad, flip, channels, seed, epoch):
+    views = views_of(channels, Policy(crop=pad, flip=flip), seed)
+    found = views.batch(torch.arange(SAMPLES), epoch).numpy()
+    # The draws as pkd/views.py documents them: three numbers in [0, 1) a sample, one array an epoch.
+    draws = np.random.default_rng([seed, epoch, 0xF1]).random((SAMPLES, 3), dtype=np.float32)
+    for image, view, (down, across, turn) in zip(views.images.array.numpy(), found, draws):
+        top, left = (min(int(draw * np.float32(2 * pad + 1)), 2 * pad) for draw in (down, across))
+        padded = np.pad(image, ((0, 0), (pad, pad), (pad, pad)))
+        window = padded[:, top:top + image.shape[1], left:left + image.shape[2]]
+        assert np.array_equal(view, window[..., ::-1] if flip and turn < 0.5 else window)
