@@ -26,7 +26,7 @@ class Section(BaseModel):
 class Data(Section):
     """The labelled images and how they are split. `seed` is apart from the run's, so that runs share a split."""
 
-    FREE: ClassVar = ("path", "workers", "cache_gib")
+    FREE: ClassVar = ("path", "download", "workers", "cache_gib")
     name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder", "npz", "csv"]
     path: str | None = None  # a folder or a file; what it must hold is said in the README, data set by data set
     download: bool = False  # let torchvision fetch fashion-mnist, cifar10 or cifar100 into `path`

@@ -147,9 +147,10 @@ FREE = (
     "placement.student_ranks=3", "placement.replicas={level0: 2}", "placement.accumulation=2",
     "deepspeed.students=zero3", "deepspeed.teachers=zero0", "window=5", "ballot_every=10", "timeouts.start=1",
     "timeouts.step=1", "timeouts.group=1", "threads=4", "trace=true", "checkpoint_minutes=1", "compare_views=false",
+    "teachers_from=runs/other", "data.download=true",
 )
 IDENTITY = (
-    "seed=1", "data.name=cifar10", "data.download=true", "data.seed=1", "data.validation=0.2", "data.test=0.2",
+    "seed=1", "data.name=cifar10", "data.seed=1", "data.validation=0.2", "data.test=0.2",
     "data.image_size=32", "data.image_column=i", "data.label_column=l", "data.label_separator=;", "views.crop=4",
     "views.resized_crop=[0.5, 1]", "views.flip=true", "views.affine=null", "views.affine.shear=1", "views.colour=0.1",
     "views.randaugment.magnitude=8", "pyramid.0.model.name=cnn", "pyramid.0.model.width=2", "pyramid.0.model.std=[1]",
