@@ -39,12 +39,15 @@ def validate(networks: list[torch.nn.Module], views: Views, ids: np.ndarray, lab
             rows = slice(start, min(start + ROWS, mine.stop))
             images = views.plain(torch.from_numpy(ids[rows])).to(device)
             truth = labels[rows].to(device)
-            logits = torch.stack([network(images).float() for network in networks])
+            logits = []
+            for network in networks:
+                logits.append(network(images).float())
+                beat()
+            logits = torch.stack(logits)
             logits = torch.cat([logits, logits.mean(0, keepdim=True)])
             for index, own in enumerate(logits):
                 sums[0, index] += (own.argmax(1) == truth).sum().item()
                 sums[1, index] += F.cross_entropy(own, truth, reduction="sum").double().item()
-            beat()
     if together:
         sums = sums.to(device)
         parts = [torch.empty_like(sums) for _ in range(ranks)]

@@ -27,6 +27,7 @@ class Watchdog(threading.Thread):
         self.phase, self.step, self.group, self.count = "starting", 0, "none", 0
         self.stop_requested = threading.Event()  # some rank asked the whole job to stop
         self._done = threading.Event()
+        self._answered = time.monotonic()  # when the store last did
 
     def beat(self, phase: str, step: int, group: str | None = None) -> None:
         """Progress: cheap enough for every step. `group` names what the rank is about to wait for."""
@@ -38,6 +39,7 @@ class Watchdog(threading.Thread):
         self._done.set()
 
     def run(self) -> None:
+        threading.Thread(target=self._guard_store, daemon=True, name="watchdog of the store").start()
         tick, seen, moved, aborted = 0, -1, time.monotonic(), None
         others: dict[int, tuple[int, int]] = {}  # rank -> (count, tick) as last read
         silent: dict[int, float] = {}  # rank -> since when its thread has not ticked
@@ -53,12 +55,11 @@ class Watchdog(threading.Thread):
                         os._exit(int(self.store.get("abort").decode()))
                 if self.store.check(["stop"]):
                     self.stop_requested.set()
+                self._answered = now
                 if now - moved < self.limit / 4:
                     continue
                 records = self._read()
-            except RuntimeError as error:
-                if now - moved > self.limit and not self._done.is_set():
-                    self._end(f"the store does not answer ({str(error).splitlines()[0]})")
+            except RuntimeError:  # the store is gone; the thread that guards it will tell
                 continue
             for rank, record in records.items():
                 before = others.get(rank)
@@ -69,6 +70,16 @@ class Watchdog(threading.Thread):
                 others[rank] = (record["count"], record["tick"])
             if now - moved > self.limit and not self._done.is_set():
                 self._end(self._stalest(records, silent, now))
+
+    def _guard_store(self) -> None:
+        """End the process when it stands still and the store is silent; a call to a store that hangs never returns."""
+        seen, moved = -1, time.monotonic()
+        while not self._done.wait(min(2.0, self.limit / 20)):
+            now = time.monotonic()
+            if self.count != seen:
+                seen, moved = self.count, now
+            if now - moved > self.limit and now - self._answered > self.limit:
+                self._end("the store does not answer, so rank 0 or whoever serves it is the first to look at")
 
     def _publish(self, tick: int, age: float) -> None:
         record = {"role": self.role, "phase": self.phase, "step": self.step, "count": self.count, "tick": tick,
