@@ -64,9 +64,14 @@ class Console:
         self._err.write(f"{sentence}\n")
         self._err.flush()
 
+    @property
+    def moves(self) -> bool:
+        """Whether there is a terminal to show a moving line on."""
+        return not self.quiet and self._out.isatty()
+
     def progress(self, text: str, done: int, total: int) -> None:
         """The moving line of a terminal; nothing elsewhere."""
-        if self.quiet or not self._out.isatty():
+        if not self.moves:
             return
         if self._bar is None:
             columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())

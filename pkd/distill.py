@@ -66,6 +66,7 @@ class Distillation:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.micro = setup.schedule.micro_batches(self.ranks, self.rank, setup.placement.accumulation)
         self.broken: tuple[int, int] | None = None  # (step, student) of a loss that was not finite
+        self.unchecked: tuple[int, torch.Tensor] | None = None  # the last step's losses
 
     def run(self) -> str:
         setup, progress = self.setup, self.progress
@@ -110,6 +111,7 @@ class Distillation:
                 began = time.perf_counter()
             job.steady()
             self.progress.show(epoch, step, last)
+        self.notice_broken()
         votes = ballot.close()
         exchange.drain()
         code = -(self.broken[0] * 2**16 + self.broken[1]) if self.broken else float("-inf")
@@ -139,12 +141,19 @@ class Distillation:
             self.progress.sums.add(terms)
             losses = losses + terms["loss"]
         self.progress.trace(total_step, losses)
-        self.notice_broken(step, losses)
+        self.notice_broken((step, losses))
 
-    def notice_broken(self, step: int, losses: torch.Tensor) -> None:
-        """Remember a student whose loss is not finite; the next ballot tells everyone."""
-        if self.broken is None and not bool(torch.isfinite(losses).all()):
-            self.broken = (step, int((~torch.isfinite(losses)).nonzero()[0]))
+    def notice_broken(self, latest: tuple[int, torch.Tensor] | None = None) -> None:
+        """Remember a student whose loss was not finite; the next ballot tells everyone.
+
+        Looks at the step before the latest one, which a GPU has finished by now: looking at the latest would wait for it.
+        """
+        before, self.unchecked = self.unchecked, latest
+        if before and self.broken is None:
+            step, losses = before
+            finite = torch.isfinite(losses).tolist()
+            if not all(finite):
+                self.broken = (step, finite.index(False))
 
     def end_epoch(self) -> None:
         """Validation, schedules, best weights, one line of metrics, a checkpoint."""

@@ -39,10 +39,16 @@ class Progress:
         return self.writer and time.monotonic() - self.saved > 60 * self.recipe.checkpoint_minutes
 
     def save(self, phase: str) -> None:
-        """Write a checkpoint of this moment; a collective over the students' island."""
+        """Write a checkpoint of this moment; a collective over the students' island.
+
+        Not if a loss was not finite: the ballot is about to stop the run, and the last good checkpoint must stay.
+        """
         self.job.beat(phase, group="the students' island")
+        sums = self.sums.gather()
+        if not bool(torch.isfinite(sums).all()):
+            return
         tensors = {f"best-{name}": weights for name, weights in self.best_weights.items()}
-        tensors["sums"] = {"sums": self.sums.gather()}
+        tensors["sums"] = {"sums": sums}
         progress = {
             "epoch": self.epoch, "step": self.step, "best": self.best, "rates": self.rates.to_json(),
             "terms": self.sums.names, "steps": self.sums.steps, "seconds": self.sums.seconds, "wait": self.sums.wait,
@@ -109,10 +115,11 @@ class Progress:
         self.job.run.mark("distill", "finished", total_step=self.total_step)
 
     def show(self, epoch: int, step: int, last: int) -> None:
+        """Keep the moving line up to date: epoch, images per second, loss, wait for teachers, time left."""
+        if not self.writer or not self.job.console.moves:
+            return
         sums = self.sums
         rate = sums.steps * self.setup.schedule.batch / max(sums.seconds, 1e-9)
-        if not self.writer or not sums.steps:
-            return
         mean = (sums.values[-1] / sums.steps).mean().item() * self.engine.ranks
         whole = self.setup.schedule.steps_per_epoch
         self.job.console.progress(
