@@ -1,5 +1,6 @@
 """What both training phases need around them: signals, the watchdog, the run folder, the data, this rank's console."""
 
+import os
 import time
 from pathlib import Path
 
@@ -31,6 +32,9 @@ class Job:
     def open(self) -> None:
         """The run folder and the data. Raises UserError."""
         torch.set_num_threads(self.recipe.threads)
+        if self.recipe.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+            torch.use_deterministic_algorithms(True)
         for remark in self.world.first("open", lambda: self.run.open(self.recipe, self.phase)):
             self.console.say(remark)
         self.console.log_into(self.run.path / "logs" / f"{self.phase}-rank{self.world.rank}.log")

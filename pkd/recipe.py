@@ -193,6 +193,7 @@ class Recipe(Section):
     students: Annotated[tuple[Student, ...], Field(min_length=1)]
     objective: Objective = Objective()
     distill: Distill = Distill()
+    deterministic: bool = False  # on GPUs: kernels that repeat to the last bit, slower; a CPU always does
     placement: Placement = Placement()
     deepspeed: DeepSpeed = DeepSpeed()
     window: Annotated[int, Field(ge=1, le=64)] = 2  # steps that soft targets may travel ahead of the students

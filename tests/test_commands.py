@@ -160,8 +160,9 @@ def test_every_launcher_gives_the_same_students(tiny, new_run, finished, launche
 def test_bf16_and_accumulation_run_the_whole_way(tiny, new_run):
     folder, teachers_from = new_run("run")
     run(2, "distill", tiny, "--run-folder", folder, teachers_from, "deepspeed.students=zero2-bf16",
-        "placement.kind=dedicated", "placement.accumulation=2", "students.1.optimizer=adamw", "students.1.lr=0.01",
-        "students.0.ema=0.9", "students.0.schedule=plateau", "students.1.clip=1.0", "objective.kind=paper")
+        "placement.kind=dedicated", "placement.accumulation=2", "deterministic=true",
+        "students.1.optimizer=adamw", "students.1.lr=0.01", "students.0.ema=0.9",
+        "students.0.schedule=plateau", "students.1.clip=1.0", "objective.kind=paper")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines[1]["train"]["shuffle"]["loss"] < lines[0]["train"]["shuffle"]["loss"]
     assert set(lines[0]["train"]["mobile"]) == {"ce", "kl_level0", "kl_level1", "kl_level2", "ensemble", "loss"}

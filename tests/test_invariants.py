@@ -59,7 +59,8 @@ def test_a_killed_run_goes_on_to_the_same_students(tiny, new_run, seed):
     expected = distilled(3, tiny, new_run("undisturbed"), *place)
     folder, teachers_from = new_run("disturbed")
     ranks = Ranks(3, "distill", tiny, "--run-folder", folder, teachers_from, *place)
-    wait_for_step(folder, chance.randrange(1, 20))
+    # Once before there is any checkpoint, else after that of the first epoch's end (11 steps).
+    wait_for_step(folder, chance.randrange(1, 5) if seed == 1 else chance.randrange(13, 20))
     victim = chance.randrange(3)
     ranks.processes[victim].kill()
     began = time.monotonic()
