@@ -51,7 +51,7 @@ def test_the_zero_stage_changes_nothing_but_the_last_bits(tiny, new_run):
             assert other["loss"] == pytest.approx(one["loss"], rel=1e-4), (stage, one["step"])
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_a_killed_run_goes_on_to_the_same_students(tiny, new_run, seed):
     """Invariant 6: kill -9 of any one rank at a random step, then the same command again."""
     chance = random.Random(seed)
