@@ -43,6 +43,18 @@ def test_losses_do_not_depend_on_the_number_of_student_ranks(tiny, new_run):
                 assert other["loss"][name] == pytest.approx(loss, rel=1e-6), (ranks, one["step"])
 
 
+@pytest.mark.parametrize("objective", ["composed", "paper"])
+def test_denominators_are_those_of_the_whole_step(tiny, new_run, objective):
+    """Invariant 3: uneven ranks and micro batches (35 over 2 ranks by 2 micro batches: 9, 9, 9, 8) change only rounding."""
+    plain = ("students.0.model=own_model:Plain", "students.1.model=own_model:Plain", "distill.batch=35",
+             f"objective.kind={objective}")
+    whole, _ = distilled(1, tiny, new_run("whole"), *plain)
+    parts, _ = distilled(2, tiny, new_run("parts"), *plain, CO_LOCATED, "placement.accumulation=2",
+                         "deepspeed.students=zero2")
+    for one, other in zip(whole[:20], parts[:20], strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-6), one["step"]
+
+
 def test_the_zero_stage_changes_nothing_but_the_last_bits(tiny, new_run):
     whole, _ = distilled(2, tiny, new_run("0"), CO_LOCATED, "deepspeed.students=zero0")
     for stage in (1, 2, 3):
