@@ -1,5 +1,19 @@
+"""`python -m pkd`, and the command `pkd`: signals first, then the imports."""
+
 import sys
 
-from pkd.cli import main
+from pkd.stop import catch_signals
 
-sys.exit(main())
+
+def main() -> int:
+    """Training and launching only note a signal, from their first moment on; other commands die of it as usual."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    if command in ("teach", "distill", "launch"):
+        catch_signals()
+    from pkd.cli import main as cli
+
+    return cli()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from pkd.engine import Engine, statistics
 from pkd.errors import UserError
-from pkd.files import read_json, read_tensors, sha256, sync_folder, unwritable, write_json, write_tensors
+from pkd.files import read_json, sha256, sync_folder, unwritable, write_json
+from pkd.tensor_file import read_tensors, write_tensors
 
 KEEP = 2
 

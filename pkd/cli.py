@@ -13,6 +13,7 @@ from pathlib import Path
 from pkd.console import Console
 from pkd.errors import LocalError, UserError
 from pkd.launcher import Launch, read_launch
+from pkd.ways import WAYS
 
 COMMANDS = {
     "plan": "print who would be where; starts nothing",
@@ -21,7 +22,11 @@ COMMANDS = {
     "evaluate": "read the test split and write summary.json",
     "export": "write students as safetensors and JSON",
     "predict": "classify image files",
+    "launch": "run or submit the phases in order, going on where the run stands",
+    "status": "tell where a run stands",
+    "fetch": "bring the data and the pretrained weights of a recipe, where there is a network",
 }
+WITH_RECIPE = ("plan", "teach", "distill", "launch", "fetch")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,14 +34,15 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         own = commands.add_parser(name, help=text, description=text)
-        if name in ("plan", "teach", "distill"):
+        if name in WITH_RECIPE:
             own.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with pkd")
         else:
             own.add_argument("run", type=Path, help="the run folder")
-        if name in ("plan", "teach", "distill", "evaluate"):
+        if name in (*WITH_RECIPE, "evaluate"):
             own.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
-        if name in ("teach", "distill"):
+        if name in ("teach", "distill", "launch"):
             own.add_argument("--run-folder", type=Path, help="run folder (default: runs/<name of the recipe>)")
+        if name in ("teach", "distill"):
             own.add_argument("--steps", type=_positive, help="end after so many optimizer steps: a smoke run")
         if name == "evaluate":
             own.add_argument("--steps", type=_positive, help="read only so many test images: a smoke run")
@@ -44,13 +50,26 @@ def parser() -> argparse.ArgumentParser:
             own.add_argument("--teacher", metavar="NAME", help="train this one only")
         if name == "plan":
             own.add_argument("--world", type=_positive, default=1, help="number of ranks")
-            own.add_argument("--json", action="store_true", help="print the plan as JSON")
+        if name in ("plan", "status"):
+            own.add_argument("--json", action="store_true", help="print it as JSON")
         if name in ("export", "predict"):
             own.add_argument("--student", metavar="NAME", help="this one instead of the ensemble")
         if name == "export":
             own.add_argument("--to", type=Path, required=True, help="a new folder")
         if name == "predict":
             own.add_argument("images", nargs="+", type=Path)
+        if name == "launch":
+            own.add_argument("--on", required=True, choices=tuple(WAYS), metavar="WAY",
+                             help="; ".join(f"{way}: {text}" for way, text in WAYS.items()))
+            own.add_argument("--ranks-per-node", type=_positive, default=1, help="processes a machine, one a GPU")
+            own.add_argument("--nodes", type=_positive, default=1, help="machines; slurm only")
+            own.add_argument("--dry-run", action="store_true", help="print the commands and scripts, start nothing")
+            own.add_argument("--phases", default="teach,distill,evaluate", help="some of them, with commas")
+            own.add_argument("--teacher", action="append", metavar="NAME",
+                             help="teach this one only; of several, a job array's element takes the one of its index")
+            own.add_argument("--script", type=Path, help="slurm: your own copy of launch/slurm.sbatch")
+            own.add_argument("--sbatch", action="append", default=[], metavar="OPTION",
+                             help="slurm: an option for every job, such as --sbatch=--partition=gpu")
     return top
 
 
@@ -79,6 +98,10 @@ def main(argv: list[str] | None = None) -> int:
         return train(arguments, launch)
     console = Console()
     try:
+        if arguments.command == "launch":
+            from pkd.launch import launch as start
+
+            return start(arguments, console)
         single(arguments, console)
         return 0
     except UserError as error:
@@ -102,6 +125,15 @@ def single(arguments: argparse.Namespace, console: Console) -> None:
         from pkd.evaluate import evaluate
 
         evaluate(arguments.run, console, arguments.overrides, arguments.steps)
+    elif arguments.command == "status":
+        from pkd.status import status
+
+        status(arguments.run, arguments.json, console)
+    elif arguments.command == "fetch":
+        from pkd.fetch import fetch
+        from pkd.recipe_file import load_recipe
+
+        fetch(load_recipe(arguments.recipe, arguments.overrides), console)
     elif arguments.command == "export":
         from pkd.export import export
 
@@ -116,9 +148,6 @@ def train(arguments: argparse.Namespace, launch: Launch) -> int:
     """`teach` or `distill` on one rank of many. Ends the process itself after a failure: other ranks may be gone, and
     the interpreter's own clean-up would wait for them or abort.
     """
-    from pkd.stop import catch_signals
-
-    catch_signals()
     console = Console(quiet=launch.rank != 0, capture=True)
     job = None
     try:
@@ -127,12 +156,15 @@ def train(arguments: argparse.Namespace, launch: Launch) -> int:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         from pkd.job import Job  # from here on the slow imports
 
-        job = Job(recipe, arguments.run_folder or Path("runs") / recipe.name, arguments.command, launch, console)
+        teacher = arguments.teacher if arguments.command == "teach" else None
+        job = Job(recipe, arguments.run_folder or Path("runs") / recipe.name, arguments.command, launch, console, teacher)
         job.open()
         if arguments.command == "teach":
             from pkd.teach import teach
 
-            outcome = teach(job, arguments.teacher, arguments.steps)
+            outcome = teach(job, arguments.steps)
+        elif job.finished_before():
+            outcome = "finished before"
         else:
             from pkd.distill import distill
             from pkd.distill_setup import Setup
@@ -144,10 +176,9 @@ def train(arguments: argparse.Namespace, launch: Launch) -> int:
         _end(console, job, launch.rank == 0 or isinstance(error, LocalError), str(error), 2)
     except Exception as error:  # whatever it is, it is told once, logged whole, and ends this process
         traceback.print_exc()
-        sys.stderr.flush()
-        _end(console, job, True, f"rank {launch.rank} failed ({type(error).__name__}: "
-                                   f"{str(error).splitlines()[0] if str(error) else 'no message'}); "
-                                   f"the traceback is in {console.log}", 1)
+        console.show_early()
+        what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        _end(console, job, True, f"rank {launch.rank} failed ({what}); the traceback is in {console.log or 'its output'}", 1)
 
 
 def _end(console: Console, job, speaks: bool, sentence: str, code: int) -> None:
@@ -157,7 +188,6 @@ def _end(console: Console, job, speaks: bool, sentence: str, code: int) -> None:
         code = job.give_up(sentence, code)
     elif speaks:
         console.error(f"pkd: {sentence}")
-    console.discard_log()
     sys.stdout.flush()
     os._exit(code)
 

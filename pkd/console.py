@@ -1,11 +1,10 @@
 """What a person sees: progress and results from one rank, errors once, everybody's chatter in a log file a rank.
 
-torch, DeepSpeed and their C++ parts write to the process's own output. It is sent to a file from the start, first a
-temporary one, then logs/ in the run folder, while pkd keeps the real output for itself.
+torch, DeepSpeed and their C++ parts write to the process's own output. It is kept in memory from the start and sent to
+logs/ in the run folder as soon as there is one, while pkd keeps the real output for itself.
 """
 
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -20,32 +19,33 @@ class Console:
 
     def __init__(self, quiet: bool = False, capture: bool = False):
         self.quiet, self.log, self._bar, self._task = quiet, None, None, None
+        self._early: int | None = None
         self._out, self._err = sys.stdout, sys.stderr
         if capture:
             self._out = os.fdopen(os.dup(1), "w", buffering=1)
             self._err = os.fdopen(os.dup(2), "w", buffering=1)
-            handle, name = tempfile.mkstemp(prefix="pkd-", suffix=".log")
-            os.close(handle)
-            self._redirect(Path(name))
+            # Where there are no files in memory (macOS), one without a name.
+            in_memory = hasattr(os, "memfd_create")
+            self._early = os.memfd_create("pkd") if in_memory else \
+                os.dup(tempfile.TemporaryFile().fileno())  # noqa: SIM115
+            self._redirect(self._early)
         self.rich = RichConsole(file=self._out, highlight=False, width=None if self._out.isatty() else 120)
 
     def log_into(self, path: Path) -> None:
         """Move the chatter so far to `path` and send the rest there."""
-        if self.log is None:
+        if self._early is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        before = self.log
-        with open(path, "ab") as new, open(before, "rb") as old:
-            shutil.copyfileobj(old, new)
-        self._redirect(path)
-        before.unlink()
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._redirect(handle, self._take_early())
+        os.close(handle)
+        self.log = path
+        print(f"-- {time.strftime('%Y-%m-%d %H:%M:%S')} pid {os.getpid()}", flush=True)
 
-    def discard_log(self) -> None:
-        """Remove a log that never found a run folder."""
-        if self.log and self.log.parent == Path(tempfile.gettempdir()):
-            self.log.unlink(missing_ok=True)
+    def show_early(self) -> None:
+        """Let the user see what was said before there was a run folder to log into: something went wrong at once."""
+        if self._early is not None:
+            self._err.write(self._take_early().decode(errors="replace"))
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -85,10 +85,16 @@ class Console:
             self._bar.stop()
             self._bar = None
 
-    def _redirect(self, path: Path) -> None:
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    def _take_early(self) -> bytes:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.lseek(self._early, 0, os.SEEK_SET)
+        with os.fdopen(self._early, "rb") as file:
+            self._early = None
+            return file.read()
+
+    def _redirect(self, handle: int, before: bytes = b"") -> None:
+        if before:
+            os.write(handle, before)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-        os.close(handle)
-        self.log = path
-        print(f"-- {time.strftime('%Y-%m-%d %H:%M:%S')} pid {os.getpid()}", flush=True)

@@ -20,14 +20,18 @@ def forward_flops(model: Model, classes: int, channels: int, size: tuple[int, in
     return float(counter.get_total_flops()), sum(p.numel() for p in network.parameters())
 
 
-def teacher_costs(recipe: Recipe, pyramid: Pyramid, data: DataSet, asked: list[int], own: bool) -> dict[str, float]:
-    """Forward FLOPs per training sample of each asked teacher: per row, times the share of samples it is asked about."""
+def teacher_costs(recipe: Recipe, pyramid: Pyramid, data: DataSet, asked: list[int],
+                  own: bool) -> tuple[dict[str, float], dict[str, int]]:
+    """Of each asked teacher: forward FLOPs per training sample (per row, times the share of samples it is asked about),
+    and bytes of its fp32 weights.
+    """
     labels = data.labels[data.splits["train"]]
     counts = torch.bincount(labels, minlength=len(data.classes)).double()
-    costs = {}
+    costs, sizes = {}, {}
     for index in asked:
         teacher = pyramid.teachers[index]
-        flops, _ = forward_flops(teacher.model, len(teacher.classes), data.channels, data.size)
+        flops, parameters = forward_flops(teacher.model, len(teacher.classes), data.channels, data.size)
         share = counts[list(teacher.classes)].sum().item() / len(labels) if own else 1.0
         costs[teacher.name] = flops * share
-    return costs
+        sizes[teacher.name] = 4 * parameters
+    return costs, sizes

@@ -9,11 +9,12 @@ from pkd.ds_config import load_ds_config
 from pkd.errors import UserError
 from pkd.exchange import Exchange
 from pkd.files import read_json, write_json
+from pkd.hardware import memory_per_rank, nodes
 from pkd.job import Job
 from pkd.models import Network
 from pkd.network_file import fresh, read_teacher
 from pkd.objective import asked, constants
-from pkd.placement import Placement, place
+from pkd.placement import Placement, Ranks, place
 from pkd.recipe_file import digest
 from pkd.schedule import Router, Schedule
 from pkd.targets import Unpacker
@@ -116,13 +117,16 @@ class Setup:
         recipe, world, path = self.job.recipe, self.job.world, self.job.run.path / "placement.json"
 
         def decide():
-            wish = digest([recipe.placement.model_dump(mode="json"), recipe.distill.batch])
+            ranks = self.job.hardware
+            known = Ranks(memory_per_rank(ranks), nodes(ranks))
+            wish = digest([recipe.placement.model_dump(mode="json"), recipe.distill.batch, known.nodes,
+                           [rank.device for rank in ranks]])
             if path.exists():
                 before = read_json(path)
                 if before.get("wish") == wish and before.get("placement", {}).get("world") == world.size:
                     return before["placement"]
-            costs = teacher_costs(recipe, self.job.pyramid, self.data, self.asked, self.constants.own)
-            placement = place(recipe, world.size, costs).to_json()
+            costs, sizes = teacher_costs(recipe, self.job.pyramid, self.data, self.asked, self.constants.own)
+            placement = place(recipe, world.size, costs, sizes, known).to_json()
             write_json(path, {"wish": wish, "placement": placement})
             return placement
         placement = Placement.from_json(world.first("placement", decide))
@@ -154,5 +158,8 @@ def describe(placement: Placement) -> str:
     """The rank map as a person reads it."""
     students = f"ranks 0-{placement.student_ranks - 1}" if placement.student_ranks > 1 else "rank 0"
     lines = [f"{placement.kind}: students on {students} of {placement.world}"]
-    lines += [f"  rank {source.rank}: {', '.join(source.teachers)}" for source in placement.sources]
+    several = len(set(placement.nodes)) > 1
+    for source in placement.sources:
+        where = f" (node {placement.nodes[source.rank]})" if several else ""
+        lines.append(f"  rank {source.rank}{where}: {', '.join(source.teachers)}")
     return "\n".join(lines)

@@ -64,8 +64,9 @@ def finished_students(run: RunFolder, smoke: bool) -> list[tuple[Network, dict]]
     """The students of a run and what their JSON files say. Raises UserError where it is not finished."""
     if not run.path.is_dir():
         raise UserError(f"run folder {run.path} does not exist: give the folder that pkd distill wrote")
-    if run.state("distill") != "finished":
-        raise UserError(f"run {run.path} is not finished (distill: {run.state('distill')}): start pkd distill again, "
+    state = run.state("distill")["state"]
+    if state != "finished":
+        raise UserError(f"run {run.path} is not finished (distill: {state}): start pkd distill again, "
                         "it goes on where it stopped")
     done = read_json(run.students / "students.json")
     if not done["complete"] and not smoke:

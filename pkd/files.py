@@ -1,22 +1,19 @@
-"""Files that are whole or absent: written beside, synced, renamed. Reading them back never unpickles anything."""
+"""Files that are whole or absent: written beside, synced, renamed."""
 
 import errno
 import hashlib
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
 from pkd.errors import UserError
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Raises UserError where the disk is full or the folder not writable; what was there before stays."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
@@ -34,12 +31,6 @@ def write_json(path: Path, tree) -> None:
     write_bytes(path, (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file of tensors on any device."""
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(whole, metadata))
-
-
 def read_json(path: Path) -> dict:
     """Raises UserError where the file is missing or no JSON object."""
     try:
@@ -51,17 +42,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(tree, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object")
     return tree
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, on the CPU. Raises UserError where it is missing or damaged."""
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is needed, but it is not there") from None
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is damaged and cannot be read as safetensors ({error}): delete it or restore "
-                        "it") from None
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -9,7 +10,10 @@ import torch
 from pkd.console import Console
 from pkd.data import DataSet, load_data
 from pkd.ds_config import check_device, load_ds_config
+from pkd.files import write_json
+from pkd.hardware import Hardware, hardware, to_json
 from pkd.launcher import Launch
+from pkd.models import own_code
 from pkd.pyramid import Pyramid, build_pyramid
 from pkd.recipe import Recipe
 from pkd.run_folder import RunFolder
@@ -21,8 +25,11 @@ from pkd.world import World
 class Job:
     """One rank of `teach` or `distill`, from its start to its end."""
 
-    def __init__(self, recipe: Recipe, path: Path, phase: str, launch: Launch, console: Console):
-        self.recipe, self.phase, self.console = recipe, phase, console
+    def __init__(self, recipe: Recipe, path: Path, phase: str, launch: Launch, console: Console,
+                 teacher: str | None = None):
+        self.recipe, self.phase, self.console, self.teacher = recipe, phase, console, teacher
+        self.name = f"{phase}-{teacher}" if teacher else phase
+        self.opened = False
         self.run = RunFolder(path, recipe.teachers_from)
         self.world = World(launch, recipe.timeouts)
         self.watchdog = Watchdog(self.world.connect(), launch.rank, launch.world_size, phase, recipe.timeouts.start,
@@ -35,9 +42,11 @@ class Job:
         if self.recipe.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
             torch.use_deterministic_algorithms(True)
-        for remark in self.world.first("open", lambda: self.run.open(self.recipe, self.phase)):
+        for remark in self.world.first("open", self._open_folder):
             self.console.say(remark)
-        self.console.log_into(self.run.path / "logs" / f"{self.phase}-rank{self.world.rank}.log")
+        self.opened = True
+        self.console.log_into(self.run.path / "logs" / f"{self.name}-rank{self.world.rank}.log")
+        self._introduce()
         name = self.recipe.deepspeed.teachers if self.phase == "teach" else self.recipe.deepspeed.students
         check_device(load_ds_config(name), name, self.world.device.type)
         self.beat("reading data")
@@ -46,6 +55,19 @@ class Job:
         self.pyramid: Pyramid = build_pyramid(self.recipe.pyramid, self.data.classes, self.recipe.seed)
         if self.data.dropped:
             self.console.say(f"{self.data.dropped} rows with several labels were dropped")
+
+    def _open_folder(self) -> list[str]:
+        remarks = self.run.open(self.recipe, self.phase, self.teacher)
+        self.was = self.run.state(self.name)
+        self.run.mark(self.name, "running")
+        return remarks + [f"the recipe names code of its own, which is run: {where}" for where in own_code(self.recipe)]
+
+    def _introduce(self) -> None:
+        """Ranks tell each other their node, process and device; rank 0 keeps it and writes it down."""
+        found = self.world.gather("hardware", asdict(hardware(self.world.device)))
+        if found is not None:
+            self.hardware = [Hardware(**one) for one in found]
+            write_json(self.run.path / "ranks" / f"{self.name}.json", {"ranks": to_json(self.hardware)})
 
     def beat(self, phase: str, step: int | None = None, group: str | None = None) -> None:
         self.watchdog.beat(phase, self.watchdog.step if step is None else step, group)
@@ -56,7 +78,7 @@ class Job:
 
     def stop_wanted(self) -> bool:
         """Whether a signal reached this rank, or any rank that told the store."""
-        if signalled.is_set() and not self.watchdog.stop_requested.is_set():
+        if signalled.yes and not self.watchdog.stop_requested.is_set():
             self.world.store.set("stop", "1")
             self.watchdog.stop_requested.set()
         return self.watchdog.stop_requested.is_set()
@@ -78,21 +100,32 @@ class Job:
             else:
                 if store.add("abort/claims", 1) == 1:
                     self.console.error(f"pkd: {sentence}")
+                    if code == 2 and self.opened:
+                        self.run.mark(self.name, "refused", why=sentence)
                 store.set("abort", str(code))
             self.world.leave_store(30.0 if code == 2 else 5.0)
         except RuntimeError:  # the store's server is gone: say what this rank knows
             self.console.error(f"pkd: {sentence}")
         return code
 
+    def finished_before(self) -> bool:
+        """Whether this phase had already come to its end, so that there is nothing left to do."""
+        return self.world.first("finished before",
+                                lambda: self.was["state"] == "finished" and self.was.get("complete", False))
+
     def close(self, outcome: str) -> None:
-        """Leave together with all ranks."""
-        if outcome == "stopped" and self.world.rank == 0:
-            self.run.mark(self.phase, "stopped")
-            self.console.say("stopped by a signal, everything is saved: the same command goes on from here")
-        elif self.phase == "teach" and self.world.rank == 0:
-            self.run.mark(self.phase, "finished")
+        """Leave together with all ranks; "stopped" on any of them is everybody's outcome."""
         self.console.end_progress()
         self.beat("leaving", group="the other ranks' end")
+        stopped = self.world.meet(outcome == "stopped")
+        if self.world.rank == 0 and stopped:
+            self.run.mark(self.name, "stopped")
+            self.console.say("stopped by a signal, everything is saved: the same command goes on from here")
+        elif self.world.rank == 0 and self.phase == "teach":
+            self.run.mark(self.name, "finished")
+        elif self.world.rank == 0 and outcome == "finished before":
+            self.run.mark(self.name, "finished", complete=True)
+            self.console.say(f"distill is finished already: the students are in {self.run.students}")
         self.world.close()
         self.watchdog.stop()
         self.watchdog.join()

@@ -5,6 +5,9 @@ All take uint8 images as they come out of the views, and return logits.
 
 import http.client
 import importlib
+import inspect
+import os
+import pickle
 from pathlib import Path
 
 import torch
@@ -16,7 +19,7 @@ from torch.nn import functional as F
 
 from pkd.errors import UserError, nearest
 from pkd.norm import Float32Buffers, convert
-from pkd.recipe import Model
+from pkd.recipe import Model, Recipe
 from pkd.small_models import SMALL_MODELS
 from pkd.vision import torchvision
 
@@ -99,7 +102,7 @@ def build(model: Model, classes: int, channels: int, size: tuple[int, int]) -> N
     network = Network(convert(backbone), wanted, input_size, mean, std)
     _try(network, model, classes, channels, size)
     if model.weights is not None:
-        _load(network.backbone, _read(model), model, classes)
+        _load(network.backbone, read_weights(model), model, classes)
     return network
 
 
@@ -149,10 +152,20 @@ def _arguments(model: Model, classes: int, channels: int, input_size: tuple[int,
 def _user_class(name: str) -> type[nn.Module]:
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # the import runs the user's code, which may raise anything
         raise UserError(f"model {name!r} could not be imported ({_first_line(error)}): mend the name, or put the "
                         "module where Python finds it, for instance by PYTHONPATH") from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):  # nothing else is ever called
+        raise UserError(f"model {name!r} is no torch.nn.Module class: name one that is")
+    return found
+
+
+def own_code(recipe: Recipe) -> list[str]:
+    """'package.module:Class (file)' of every model of the user's own that a recipe names: the only code it can run."""
+    models = [level.model for level in recipe.pyramid] + [student.model for student in recipe.students]
+    names = sorted({model.name for model in models if ":" in model.name})
+    return [f"{name} ({inspect.getsourcefile(_user_class(name)) or 'built in'})" for name in names]
 
 
 def _user_network(name: str, arguments: dict) -> nn.Module:
@@ -162,9 +175,8 @@ def _user_network(name: str, arguments: dict) -> nn.Module:
     except Exception as error:  # the user's code, too
         raise UserError(f"model {name!r} could not be called with num_classes={arguments['num_classes']} "
                         f"({_first_line(error)}): give the class such an argument") from error
-    if not isinstance(network, nn.Module) or next(network.parameters(), None) is None:
-        raise UserError(f"model {name!r} made a {type(network).__name__}, where a torch.nn.Module with parameters is "
-                        "needed: name a class that is one")
+    if next(network.parameters(), None) is None:
+        raise UserError(f"model {name!r} has no parameters, so there is nothing to train: name another class")
     return network
 
 
@@ -210,7 +222,7 @@ def _try(network: Network, model: Model, classes: int, channels: int, size: tupl
                         f"tensor [2, {classes}]")
 
 
-def _read(model: Model) -> dict[str, Tensor]:
+def read_weights(model: Model) -> dict[str, Tensor]:
     """The backbone's tensors in `model.weights`."""
     named = _named_weights(model)
     if named is None:
@@ -221,9 +233,10 @@ def _read(model: Model) -> dict[str, Tensor]:
         whole = all(key.startswith("backbone.") for key in state)  # of a Network, not of its backbone
         return {key.removeprefix("backbone."): state[key] for key in state} if whole else state
     try:  # the builder, not the file alone, for it renames the keys of old files
+        os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # nothing is unpickled, whatever lies in the cache
         with torch.random.fork_rng(devices=[]):
             trained = torchvision.models.get_model(model.name, weights=named, progress=False)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
+    except (OSError, RuntimeError, pickle.UnpicklingError, http.client.HTTPException) as error:
         raise UserError(f"weights {model.weights} of model {model.name!r} could not be had ({_first_line(error)}): "
                         f"download {named.url} where there is a network and put it into "
                         f"{Path(torch.hub.get_dir(), 'checkpoints')}") from error

@@ -7,11 +7,12 @@ import torch
 
 from pkd.data import DataSet
 from pkd.errors import UserError
-from pkd.files import read_json, read_tensors, sha256, write_bytes, write_json, write_tensors
+from pkd.files import read_json, sha256, write_bytes, write_json
 from pkd.models import Network, build, description
 from pkd.pyramid import Teacher
 from pkd.recipe import Model, Recipe, part
 from pkd.recipe_file import digest, identity
+from pkd.tensor_file import read_tensors, write_tensors
 
 
 def fresh(model: Model, classes: int, data: DataSet, seed: int, name: str) -> Network:

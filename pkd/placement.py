@@ -11,6 +11,7 @@ from pkd.recipe import Recipe
 from pkd.schedule import BLOCK
 
 SAMPLES_PER_RANK = 8  # fewer make batch statistics and kernels poor
+USABLE = 0.9  # of a device's memory; the rest is the driver's and the allocator's
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Placement:
     student_ranks: int
     accumulation: int
     sources: tuple[Source, ...]
+    nodes: tuple[int, ...] = ()  # of each rank, numbered from 0; unknown before ranks are started
 
     def role(self, rank: int) -> str:
         return "student" if rank < self.student_ranks else "teacher"
@@ -39,16 +41,26 @@ class Placement:
     @staticmethod
     def from_json(tree: dict) -> "Placement":
         sources = tuple(Source(s["rank"], tuple(s["teachers"]), s["load"]) for s in tree["sources"])
-        return Placement(tree["kind"], tree["world"], tree["student_ranks"], tree["accumulation"], sources)
+        return Placement(tree["kind"], tree["world"], tree["student_ranks"], tree["accumulation"], sources,
+                         tuple(tree.get("nodes", ())))
 
 
-def place(recipe: Recipe, world: int, costs: dict[str, float]) -> Placement:
+@dataclass(frozen=True)
+class Ranks:
+    """What is known of the ranks' hardware; memory: bytes a rank; nodes: each rank's node, numbered from 0."""
+
+    memory: tuple[int, ...] = ()
+    nodes: tuple[int, ...] = ()
+
+
+def place(recipe: Recipe, world: int, costs: dict[str, float], sizes: dict[str, int] | None = None,
+          known: Ranks | None = None) -> Placement:
     """The placement of a recipe on `world` ranks. Raises UserError where it does not fit.
 
     costs: teacher -> forward FLOPs per training sample (its cost per row times the share of samples it is asked
-    about), only for teachers that the objective asks.
+    about), only for teachers that the objective asks. sizes: teacher -> bytes of its weights.
     """
-    wish = recipe.placement
+    wish, known = recipe.placement, known or Ranks()
     kind, students = _kind_and_students(recipe, world, teachers=len(costs))
     accumulation = wish.accumulation
     check_batch(recipe.distill.batch, students, accumulation)
@@ -58,13 +70,14 @@ def place(recipe: Recipe, world: int, costs: dict[str, float]) -> Placement:
                         f"{', '.join(costs) or 'none'}{nearest(unknown[0], costs)}")
     hosts = list(range(students, world)) if kind == "dedicated" else list(range(world))
     most = -(-recipe.distill.batch // BLOCK)  # a replica without a whole block of rows would idle
-    loads = share_out(costs, len(hosts), wish.replicas, most)
+    room = [USABLE * known.memory[rank] for rank in hosts] if known.memory else None
+    loads = share_out(costs, len(hosts), wish.replicas, most, sizes, room)
     if kind == "dedicated" and not all(teachers for teachers, _ in loads):
         raise UserError(f"{len(hosts)} teacher ranks were asked for, but a batch of {recipe.distill.batch} keeps only "
                         f"{sum(bool(t) for t, _ in loads)} of them busy ({len(costs)} teachers, {most} block(s) of "
                         f"{BLOCK} rows each): start fewer ranks, or raise placement.student_ranks or distill.batch")
     sources = tuple(Source(rank, tuple(teachers), load) for rank, (teachers, load) in zip(hosts, loads) if teachers)
-    return Placement(kind, world, students, accumulation, sources)
+    return Placement(kind, world, students, accumulation, sources, known.nodes)
 
 
 def check_batch(batch: int, ranks: int, accumulation: int) -> None:
@@ -76,40 +89,74 @@ def check_batch(batch: int, ranks: int, accumulation: int) -> None:
                         "start fewer student ranks")
 
 
-def share_out(costs: dict[str, float], ranks: int, fixed: dict[str, int], most: int) -> list[tuple[list[str], float]]:
+def share_out(costs: dict[str, float], ranks: int, fixed: dict[str, int], most: int,
+              sizes: dict[str, int] | None = None, room: list[float] | None = None) -> list[tuple[list[str], float]]:
     """Teachers and load of each of `ranks` ranks: longest first onto the least loaded rank, heavy ones replicated.
 
     The heaviest share is split over one rank more as long as that lowers the highest load, up to `most` replicas a
-    teacher; `fixed` sets the number for some. Ties go to the first teacher and the lowest rank.
+    teacher; `fixed` sets the number for some. Ties go to the first teacher and the lowest rank. No rank gets more bytes
+    of teachers than its `room`.
     """
     for name, count in fixed.items():
         if count > min(ranks, most):
             raise UserError(f"placement.replicas.{name} asks for {count} ranks, but at most {min(ranks, most)} can "
                             f"share its rows ({ranks} rank(s) for teachers, blocks of {BLOCK} rows)")
+    shelves = _Shelves(costs, sizes or {}, room or [float("inf")] * ranks)
     replicas = {name: fixed.get(name, 1) for name in costs}
-    best = _longest_first(costs, replicas, ranks)
+    best = shelves.fill(replicas)
+    if best is None:
+        raise UserError(shelves.why_not(replicas))
     for _ in range(ranks):
         movable = [n for n in costs if n not in fixed and replicas[n] < min(ranks, most)]
         if not movable:
             break
         heaviest = max(movable, key=lambda n: costs[n] / replicas[n])
         replicas = {**replicas, heaviest: replicas[heaviest] + 1}
-        trial = _longest_first(costs, replicas, ranks)
+        trial = shelves.fill(replicas)
+        if trial is None:
+            break
         idle = any(not teachers for teachers, _ in best)
         if idle or max(load for _, load in trial) < 0.95 * max(load for _, load in best):
             best = trial
     return best
 
 
-def _longest_first(costs: dict[str, float], replicas: dict[str, int], ranks: int) -> list[tuple[list[str], float]]:
-    hosted: list[list[str]] = [[] for _ in range(ranks)]
-    load = [0.0] * ranks
-    for name in sorted(costs, key=lambda n: -costs[n] / replicas[n]):
-        for rank in sorted(range(ranks), key=lambda r: load[r])[:replicas[name]]:
-            hosted[rank].append(name)
-            load[rank] += costs[name] / replicas[name]
-    order = {name: index for index, name in enumerate(costs)}
-    return [(sorted(names, key=order.__getitem__), total) for names, total in zip(hosted, load)]
+@dataclass(frozen=True)
+class _Shelves:
+    """Ranks that teachers are put on; room: bytes of each."""
+
+    costs: dict[str, float]
+    sizes: dict[str, int]
+    room: list[float]
+
+    def fill(self, replicas: dict[str, int]) -> list[tuple[list[str], float]] | None:
+        """Longest first; where that leaves a large teacher without room, largest first; None if neither fits."""
+        longest = sorted(self.costs, key=lambda n: -self.costs[n] / replicas[n])
+        largest = sorted(self.costs, key=lambda n: -self.sizes.get(n, 0))
+        return self._in_order(longest, replicas) or self._in_order(largest, replicas)
+
+    def _in_order(self, names: list[str], replicas: dict[str, int]) -> list[tuple[list[str], float]] | None:
+        hosted: list[list[str]] = [[] for _ in self.room]
+        load, free = [0.0] * len(self.room), list(self.room)
+        for name in names:
+            size = self.sizes.get(name, 0)
+            fitting = sorted((rank for rank in range(len(free)) if free[rank] >= size), key=lambda r: load[r])
+            if len(fitting) < replicas[name]:
+                return None
+            for rank in fitting[:replicas[name]]:
+                hosted[rank].append(name)
+                load[rank] += self.costs[name] / replicas[name]
+                free[rank] -= size
+        order = {name: index for index, name in enumerate(self.costs)}
+        return [(sorted(names, key=order.__getitem__), total) for names, total in zip(hosted, load)]
+
+    def why_not(self, replicas: dict[str, int]) -> str:
+        needed = sum(self.sizes.get(name, 0) * replicas[name] for name in self.costs)
+        largest = max(self.costs, key=lambda n: self.sizes.get(n, 0))
+        return (f"the teachers' weights need {needed / 2**30:.2f} GiB (the largest, {largest}, "
+                f"{self.sizes[largest] / 2**30:.2f}), but the {len(self.room)} rank(s) for teachers have room for "
+                f"{sum(self.room) / 2**30:.2f} GiB in all and {max(self.room) / 2**30:.2f} at most: start more ranks, or "
+                "lower placement.student_ranks or placement.replicas")
 
 
 def _kind_and_students(recipe: Recipe, world: int, teachers: int) -> tuple[str, int]:

@@ -21,7 +21,7 @@ def plan(recipe: Recipe, world: int, console: Console) -> dict:
     pyramid = build_pyramid(recipe.pyramid, data.classes, recipe.seed)
     fixed = constants(recipe, pyramid.levels)
     names = asked(recipe.objective.kind, pyramid)
-    placement = place(recipe, world, teacher_costs(recipe, pyramid, data, names, fixed.own))
+    placement = place(recipe, world, *teacher_costs(recipe, pyramid, data, names, fixed.own))
     sizes = {t.name: forward_flops(t.model, len(t.classes), data.channels, data.size)[1] for t in pyramid.teachers}
     students = [forward_flops(s.model, len(data.classes), data.channels, data.size) for s in recipe.students]
     step_flops = FORWARD_AND_BACKWARD * sum(flops for flops, _ in students)

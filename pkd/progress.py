@@ -9,10 +9,11 @@ import torch.distributed as dist
 from pkd import checkpoint
 from pkd.distill_setup import Setup
 from pkd.engine import Engine
-from pkd.files import append_line, read_tensors, write_json
+from pkd.files import append_line, write_json
 from pkd.metrics import Sums, drop_lines_after
 from pkd.network_file import write_network
 from pkd.rates import Rates
+from pkd.tensor_file import read_tensors
 from pkd.validate import Scores
 
 
@@ -72,7 +73,6 @@ class Progress:
         if self.writer:
             drop_lines_after(self.job.run.metrics, self.total_step if self.step == 0 else self.total_step - 1)
             drop_lines_after(self.job.run.steps, self.total_step - 1)
-            self.job.run.mark("distill", "running", total_step=self.total_step)
 
     def end_epoch(self, scores: Scores) -> None:
         """After validation: schedules, best weights, one line of metrics, a checkpoint."""
@@ -112,7 +112,7 @@ class Progress:
         write_json(self.job.run.students / "students.json", {
             "students": self.names, "complete": whole, "epochs": self.epoch, "teachers": self.setup.teacher_hashes,
             "world_size": self.job.world.size, "placement": self.setup.placement.to_json()})
-        self.job.run.mark("distill", "finished", total_step=self.total_step)
+        self.job.run.mark("distill", "finished", complete=whole)
 
     def show(self, epoch: int, step: int, last: int) -> None:
         """Keep the moving line up to date: epoch, images per second, loss, wait for teachers, time left."""

@@ -1,14 +1,11 @@
-"""The folder of a run: one identity, one writer at a time."""
+"""The folder of a run: one identity, one writer at a time, and where each phase stands."""
 
-import fcntl
-import json
-import os
-import socket
 import time
 from pathlib import Path
 
 from pkd.errors import UserError
-from pkd.files import read_json, unwritable, write_json
+from pkd.files import read_json, write_json
+from pkd.lock import Lock, slurm_job
 from pkd.recipe import Recipe, part
 from pkd.recipe_file import difference, digest, identity
 
@@ -26,49 +23,46 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.steps = path / "steps.jsonl"
-        self.marker = path / "state.json"
-        self._lock = None
+        self.locks: list[Lock] = []
 
-    def open(self, recipe: Recipe, phase: str) -> list[str]:
-        """Take the lock and check the identity, as rank 0 alone. Returns remarks for the user. Raises UserError."""
-        self._take_lock(phase)
+    def open(self, recipe: Recipe, phase: str, teacher: str | None = None) -> list[str]:
+        """Take the lock and check the identity, as rank 0 alone. Returns remarks for the user. Raises UserError.
+
+        Jobs that train one named teacher each may be several at a time; all others have the folder to themselves.
+        """
+        own = [self.path / "teachers" / f"{teacher}.lock"] if teacher else []
+        others = sorted(self.path.glob("teachers/*.lock"))
+        self.locks = [Lock(path, phase) for path in own]
+        self.locks.append(Lock(self.path / "lock", phase, shared=teacher is not None, others=others))
+        remarks = [lock.remark for lock in self.locks if lock.remark]
+        before = self.check(recipe).get("free", {}).get("threads", recipe.threads)
+        if before != recipe.threads:
+            remarks.append(f"threads was {before} and is now {recipe.threads}: not bit-identical from here")
         asked = identity(recipe)
-        record = {"identity": digest(asked), "recipe": asked, "free": part(recipe, free=True)}
-        remarks = []
-        if (self.path / "run.json").exists():
-            found = read_json(self.path / "run.json")
-            if found.get("identity") != record["identity"]:
-                raise UserError(f"run folder {self.path} belongs to another recipe: "
-                                f"{difference(asked, found.get('recipe', {}))}; give another folder with --run-folder, or "
-                                "delete that one")
-            before = found.get("free", {}).get("threads")
-            if before != recipe.threads:
-                remarks.append(f"threads was {before} and is now {recipe.threads}: not bit-identical from here")
-        write_json(self.path / "run.json", record)
+        write_json(self.path / "run.json",
+                   {"identity": digest(asked), "recipe": asked, "free": part(recipe, free=True)})
         return remarks
 
+    def check(self, recipe: Recipe) -> dict:
+        """The folder's record, {} in a new one. Raises UserError where it belongs to a recipe of another identity."""
+        if not (self.path / "run.json").exists():
+            return {}
+        found, asked = read_json(self.path / "run.json"), identity(recipe)
+        if found.get("identity") != digest(asked):
+            raise UserError(f"run folder {self.path} belongs to another recipe: "
+                            f"{difference(asked, found.get('recipe', {}))}; give another folder with --run-folder, or "
+                            "delete that one")
+        return found
+
     def mark(self, phase: str, state: str, **more) -> None:
-        """Record where a phase stands: "running", "stopped" (resume it) or "finished"."""
-        tree = read_json(self.marker) if self.marker.exists() else {}
-        write_json(self.marker, {**tree, phase: {"state": state, "time": time.time(), **more}})
+        """Record where a phase stands, for whoever holds its lock.
 
-    def state(self, phase: str) -> str:
-        return read_json(self.marker).get(phase, {}).get("state", "none") if self.marker.exists() else "none"
+        phase: "distill", "teach" or "teach-<teacher>"; state: "running", "stopped" (by a signal, with everything saved:
+        start it again), "refused" (by a mistake of the user's) or "finished".
+        """
+        write_json(self.path / "state" / f"{phase}.json", {"state": state, "time": time.time(), **slurm_job(), **more})
 
-    def _take_lock(self, phase: str) -> None:
-        """An advisory lock on an open file: the system drops it when its holder dies, however it dies."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until the process ends
-        except OSError as error:
-            raise unwritable(self.path / "lock", error, 0) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            raise UserError(f"run folder {self.path} is being written by another job ({self._lock.read().strip()}): "
-                            "wait for it, end it, or give another folder with --run-folder") from None
-        self._lock.truncate(0)
-        self._lock.write(json.dumps({"phase": phase, "host": socket.gethostname(), "pid": os.getpid(),
-                                     "slurm_job": os.environ.get("SLURM_JOB_ID")}) + "\n")
-        self._lock.flush()
+    def state(self, phase: str) -> dict:
+        """What mark() recorded last, or {"state": "none"}."""
+        path = self.path / "state" / f"{phase}.json"
+        return read_json(path) if path.exists() else {"state": "none"}

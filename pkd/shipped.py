@@ -1,4 +1,4 @@
-"""Files that come with pkd: recipes (launch/recipes) and DeepSpeed configurations (ds_configs).
+"""Files that come with pkd: recipes (launch/recipes), Slurm scripts (launch), DeepSpeed configurations (ds_configs).
 
 In a checkout or an editable install they lie at the repository's top; in a wheel, inside the package (pyproject.toml).
 """
@@ -6,7 +6,8 @@ In a checkout or an editable install they lie at the repository's top; in a whee
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-FOLDERS = {"recipes": ("launch/recipes", "shipped_recipes"), "ds_configs": ("ds_configs", "shipped_ds_configs")}
+FOLDERS = {"recipes": ("launch/recipes", "shipped_recipes"), "ds_configs": ("ds_configs", "shipped_ds_configs"),
+           "launch": ("launch", "shipped_launch")}
 
 
 def shipped_folder(kind: str) -> Path:

@@ -17,6 +17,7 @@ from pkd.images import ArrayImages, FileImages, read_images
 from pkd.recipe import Data
 from pkd.source_files import read_cifar, read_idx, read_npz
 
+DOWNLOADABLE = ("fashion-mnist", "cifar10", "cifar100")  # by torchvision
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"  # of the package dataset-fashion-mnist
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}

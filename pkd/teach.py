@@ -17,30 +17,30 @@ from pkd.data import DataSet
 from pkd.ds_config import load_ds_config
 from pkd.engine import Engine
 from pkd.errors import UserError, nearest
-from pkd.files import read_json, read_tensors, write_json
+from pkd.files import read_json, write_json
 from pkd.job import Job
 from pkd.network_file import derived_seed, fresh, teacher_identity, write_network
 from pkd.placement import SAMPLES_PER_RANK
 from pkd.pyramid import Pyramid, Teacher
 from pkd.rates import Rates
 from pkd.schedule import Schedule
+from pkd.tensor_file import read_tensors
 from pkd.validate import validate
 from pkd.views import Views
 
 
-def teach(job: Job, only: str | None, limit: int | None) -> str:
-    """Train every teacher that is not there yet, or the one named; "finished" or "stopped"."""
+def teach(job: Job, limit: int | None) -> str:
+    """Train every teacher that is not there yet, or the one that the job names; "finished" or "stopped"."""
     if job.recipe.teachers_from:
         raise UserError(f"teachers_from is {job.recipe.teachers_from}, whose teachers are used as they are: there is "
                         "nothing to teach here, run pkd distill or leave teachers_from out")
-    teachers = _chosen(job.pyramid, only)
+    teachers = _chosen(job.pyramid, job.teacher)
     steps = min(job.recipe.teachers.steps, limit or job.recipe.teachers.steps)
     for teacher in teachers:
         _samples(job, teacher)  # too few is known before anything is trained
     names = job.world.first("teachers to do", lambda: [t.name for t in teachers if _done_steps(job, t) < steps])
     if job.world.rank == 0:
         write_json(job.run.path / "pyramid.json", job.pyramid.to_json())
-        job.run.mark("teach", "running")
     outcome = "finished"
     for teacher, ranks in assign([t for t in teachers if t.name in names], _costs(job), job.world.size,
                                  job.recipe.teachers.batch):

@@ -98,15 +98,26 @@ class World:
             raise UserError(answer["error"])
         return answer["ok"]
 
-    def close(self, beat: Callable[[], None] = lambda: None) -> None:
-        """Wait until every rank is here, then drop all groups; the store's server leaves last.
+    def gather(self, name: str, mine: Any) -> list[Any] | None:
+        """Every rank's JSON-able `mine`, in rank order, on rank 0; None elsewhere. `name` must differ between calls."""
+        if self.rank:
+            self.store.set(f"gather/{name}/{self.rank}", json.dumps(mine))
+            return None
+        return [mine] + [json.loads(self.store.get(f"gather/{name}/{rank}")) for rank in range(1, self.size)]
+
+    def meet(self, stopped: bool) -> bool:
+        """Wait until every rank has called this, at the end; whether any of them was stopped."""
+        self.store.add("stopped", int(stopped))
+        self.store.add("here", 1)
+        while self.store.add("here", 0) < self.size:
+            time.sleep(0.02)
+        return self.store.add("stopped", 0) > 0
+
+    def close(self) -> None:
+        """Drop all groups, after all ranks met; the store's server leaves last.
 
         A raw group that is alive at the interpreter's exit aborts the process at random.
         """
-        self.store.add("finished", 1)
-        while self.store.add("finished", 0) < self.size:
-            beat()
-            time.sleep(0.02)
         self.bridges.clear()
         self.leave_island()
         self.leave_store(30.0)

@@ -60,8 +60,8 @@ def test_the_files_of_a_run_hold_the_keys_that_the_readme_names(evaluated, taugh
     assert set(json.loads((taught / "pyramid.json").read_text())) == {"classes", "teachers"}
     assert set(json.loads((evaluated / "students" / "students.json").read_text())) == {
         "students", "complete", "epochs", "teachers", "world_size", "placement"}
-    state = json.loads((evaluated / "state.json").read_text())
-    assert set(state["distill"]) == {"state", "time", "total_step"} and state["distill"]["state"] == "finished"
+    state = json.loads((evaluated / "state" / "distill.json").read_text())
+    assert set(state) == {"state", "time", "complete"} and state["state"] == "finished" and state["complete"]
     readme = (REPOSITORY / "README.md").read_text()
     for key in LINE | SUMMARY | NETWORK:
         assert f"`{key}`" in readme, f"the README does not explain {key}"

@@ -92,7 +92,7 @@ def test_a_stop_by_signal_saves_and_resumes_at_the_same_step(tiny, new_run):
     wait_for_step(folder, 4)
     ranks.processes[2].send_signal(signal.SIGTERM)
     assert [one.code for one in ranks.wait()] == [0, 0, 0]
-    assert json.loads((folder / "state.json").read_text())["distill"]["state"] == "stopped"
+    assert json.loads((folder / "state" / "distill.json").read_text())["state"] == "stopped"
     assert len(trace(folder)) < len(expected[0])
     assert not (folder / "students").exists()
     run(3, "distill", tiny, "--run-folder", folder, teachers_from, *place)

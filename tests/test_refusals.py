@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from ranks import refused, run
 
-from pkd.files import read_tensors, write_json, write_tensors
+from pkd.files import write_json
+from pkd.tensor_file import read_tensors, write_tensors
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
-            if p.is_file() and "logs" not in p.parts and p.name not in ("lock", "state.json")}
+            if p.is_file() and not {"logs", "state"} & set(p.parts) and p.suffix != ".lock" and p.name != "lock"}
 
 
 @pytest.mark.parametrize(("override", "words"), [

@@ -1,0 +1,94 @@
+"""`pkd launch`: what it was asked, checked before anything is started or submitted."""
+
+import argparse
+import os
+from pathlib import Path
+
+from pkd import slurm
+from pkd.console import Console
+from pkd.errors import UserError
+from pkd.order import Order, is_done
+from pkd.phases import run_phases
+from pkd.placement import SAMPLES_PER_RANK
+from pkd.recipe import Recipe
+from pkd.recipe_file import load_recipe
+from pkd.run_folder import RunFolder
+from pkd.shipped import shipped_file
+
+PHASES = ("teach", "distill", "evaluate")
+
+
+def launch(arguments: argparse.Namespace, console: Console) -> int:
+    """The exit code of `pkd launch`. Raises UserError."""
+    phases, way = _phases(arguments.phases), arguments.on
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    run = arguments.run_folder or Path("runs") / recipe.name
+    RunFolder(run).check(recipe)
+    words = [arguments.recipe, *arguments.overrides]
+    if way == "slurm":
+        return _submit(arguments, recipe, words, run, phases, console)
+    if arguments.nodes > 1:
+        raise UserError(f"--on {way} starts ranks on this machine only, but --nodes is {arguments.nodes}: use --on slurm, "
+                        "or leave --nodes out")
+    ranks = slurm.world_size(os.environ) if way.startswith("srun") else arguments.ranks_per_node
+    order = Order(recipe, words, run, way, ranks, phases, _teacher(arguments.teacher))
+    if "distill" in phases and not is_done(order, "distill"):
+        _check_plan(recipe, ranks)
+    return run_phases(order, console, arguments.dry_run)
+
+
+def _submit(arguments: argparse.Namespace, recipe: Recipe, words: list[str], run: Path, phases: tuple[str, ...],
+            console: Console) -> int:
+    from pkd.data import load_data
+    from pkd.pyramid import build_pyramid
+
+    world = arguments.nodes * arguments.ranks_per_node
+    order = Order(recipe, words, run, "slurm", world, phases, None)
+    script = arguments.script or shipped_file("launch", "slurm.sbatch")
+    if not script.is_file():
+        raise UserError(f"--script {script} is no file: give a copy of launch/slurm.sbatch")
+    _check_plan(recipe, world)
+    data = load_data(recipe.data.model_copy(update={"cache_gib": 0.0}))
+    names = [teacher.name for teacher in build_pyramid(recipe.pyramid, data.classes, recipe.seed).teachers]
+    wanted = [name for name in names if name in (arguments.teacher or names) and "teach" in phases
+              and not is_done(Order(recipe, words, run, "slurm", world, phases, name), "teach")]
+    top_ranks = min(world, max(1, recipe.teachers.batch // SAMPLES_PER_RANK))
+    jobs = slurm.chain(words, run, names[0] if names[0] in wanted else None, [n for n in wanted if n != names[0]],
+                       "distill" in phases and not is_done(order, "distill"), "evaluate" in phases, arguments.nodes,
+                       arguments.ranks_per_node, top_ranks)
+    if not jobs:
+        console.say(f"nothing is left to do in {run}")
+    elif arguments.dry_run:
+        for job in jobs:
+            ids = {name: f"<id of {name}>" for name in job.after}
+            console.report(slurm.shown(slurm.sbatch(job, script, arguments.sbatch, ids)))
+        console.report(f"\n# {script}\n{script.read_text(encoding='utf-8')}")
+    else:
+        slurm.submit(jobs, script, arguments.sbatch, run, console)
+    return 0
+
+
+def _phases(text: str) -> tuple[str, ...]:
+    phases = tuple(text.split(","))
+    if not phases or any(phase not in PHASES for phase in phases):
+        raise UserError(f"--phases is {text}, but the phases are {', '.join(PHASES)}: name some of them with commas")
+    return phases
+
+
+def _teacher(names: list[str] | None) -> str | None:
+    """The one teacher that is meant: of several, that of this element of a job array."""
+    if not names:
+        return None
+    index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
+    if (len(names) > 1 and "SLURM_ARRAY_TASK_ID" not in os.environ) or index >= len(names):
+        raise UserError(f"--teacher was given {len(names)} times, which only the elements of a job array can share out: "
+                        "give it once, or use --on slurm")
+    return names[index]
+
+
+def _check_plan(recipe: Recipe, ranks: int) -> None:
+    """Refuse here what every rank would refuse, before any of them is started."""
+    from pkd.plan import plan
+
+    quick = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_gib": 0.0})})
+    plan(quick, ranks, Console(quiet=True))

@@ -1,0 +1,54 @@
+"""What `pkd launch` was asked, and whether a phase of it is done."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pkd import slurm
+from pkd.recipe import Recipe
+from pkd.run_folder import RunFolder
+from pkd.standing import standing
+from pkd.ways import command
+
+
+@dataclass(frozen=True)
+class Order:
+    """What was asked for. words: the recipe and its changes, as they were typed."""
+
+    recipe: Recipe
+    words: list[str]
+    run: Path
+    way: str
+    ranks: int
+    phases: tuple[str, ...]
+    teacher: str | None  # teach this one only
+
+    def name(self, phase: str) -> str:
+        return f"teach-{self.teacher}" if phase == "teach" and self.teacher else phase
+
+    def arguments(self, phase: str) -> list[str]:
+        """What comes after `pkd`."""
+        if phase == "evaluate":
+            return ["evaluate", str(self.run)]
+        only = ["--teacher", self.teacher] if phase == "teach" and self.teacher else []
+        return [phase, *self.words, "--run-folder", str(self.run), *only]
+
+    def command(self, phase: str) -> list[str]:
+        if phase == "evaluate":
+            return [sys.executable, "-m", "pkd", *self.arguments(phase)]
+        hostfile = self.run / "ranks" / "hostfile"
+        return command(self.way, self.arguments(phase), self.ranks, slurm.with_first_host(os.environ), hostfile)
+
+
+def is_done(order: Order, phase: str) -> bool:
+    """Whether the run folder holds the end of a phase."""
+    if not (order.run / "run.json").exists():
+        return phase == "teach" and bool(order.recipe.teachers_from)
+    found = standing(order.run)
+    if phase == "teach":
+        wanted = [order.teacher] if order.teacher else list(found.teachers)
+        return bool(order.recipe.teachers_from) or (bool(wanted) and all(found.teachers.get(n) == "done" for n in wanted))
+    if phase == "distill":
+        return found.distill == "finished" and RunFolder(order.run).state("distill").get("complete", False)
+    return found.evaluated

@@ -1,0 +1,87 @@
+"""Where a run stands, read from its folder alone: while it runs, after it, from any machine that sees the folder."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pkd.files import read_json, read_lines
+from pkd.lock import held_by, told
+from pkd.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Standing:
+    """teachers: name -> "done", "3 of 30 steps", "step 12 saved", "refused: ..." or "not begun"; ages in seconds."""
+
+    phase: str  # what is running, or what comes next: "teach", "distill", "evaluate" or "done"
+    holder: str | None  # who writes the folder now
+    teachers: dict[str, str]
+    distill: str  # none, running, stopped, refused or finished
+    why: str | None  # the sentence of a refusal
+    epoch: int
+    epochs: int
+    checkpoint: str | None
+    checkpoint_age: float | None
+    accuracy: float | None  # the ensemble's on validation, last epoch
+    evaluated: bool
+
+    @property
+    def teachers_done(self) -> int:
+        return sum(state == "done" for state in self.teachers.values())
+
+
+def standing(path: Path) -> Standing:
+    """Raises UserError where the folder is none of a run."""
+    run = RunFolder(path)
+    record = read_json(path / "run.json")
+    free, recipe = record["free"], record["recipe"]
+    run = RunFolder(path, free.get("teachers_from"))
+    held = [holder for file in (path / "lock", *path.glob("teachers/*.lock")) if (holder := held_by(file)) is not None]
+    teachers = _teachers(run, recipe["teachers"]["steps"])
+    distill = run.state("distill")
+    if distill["state"] == "running" and not held:
+        distill = {**distill, "state": "ended without a word"}
+    newest = _newest(run.checkpoints)
+    lines = read_lines(run.metrics)
+    done = bool(teachers) and all(state == "done" for state in teachers.values())
+    evaluated = (path / "summary.json").exists()
+    phase = "distill" if done else "teach"
+    if distill["state"] == "finished":
+        phase = "done" if evaluated else "evaluate"
+    return Standing(
+        phase=phase, holder=told(held[0]) if held else None, teachers=teachers, distill=distill["state"],
+        why=distill.get("why") or run.state("teach").get("why"),
+        epoch=lines[-1]["epoch"] + 1 if lines else 0, epochs=recipe["distill"]["epochs"],
+        checkpoint=newest.name if newest else None,
+        checkpoint_age=time.time() - newest.stat().st_mtime if newest else None,
+        accuracy=lines[-1]["ensemble"]["accuracy"] if lines else None, evaluated=evaluated)
+
+
+def progress(path: Path) -> list[int]:
+    """Numbers that only grow while a run gets on: teachers there, their checkpoints' steps, the students' step."""
+    steps = [int(folder.name[5:]) for folder in path.glob("teachers/*.training/step-*") if folder.name[5:].isdigit()]
+    newest = _newest(path / "checkpoints")
+    return [len(list(path.glob("teachers/*.json"))), sum(steps), int(newest.name[5:]) if newest else 0]
+
+
+def _teachers(run: RunFolder, steps: int) -> dict[str, str]:
+    listed = run.teachers.parent / "pyramid.json"
+    names = [teacher["name"] for teacher in read_json(listed)["teachers"]] if listed.exists() else []
+    out = {}
+    for name in names:
+        out[name] = "not begun"
+        state = RunFolder(run.teachers.parent).state(f"teach-{name}")
+        newest = _newest(run.teachers / f"{name}.training")
+        if (run.teachers / f"{name}.json").exists():
+            taken = read_json(run.teachers / f"{name}.json").get("steps", 0)
+            out[name] = "done" if taken >= steps else f"{taken} of {steps} steps"
+        elif state["state"] == "refused":
+            out[name] = f"refused: {state['why']}"
+        elif newest:
+            out[name] = f"{newest.name[5:]} of {steps} steps saved"
+    return out
+
+
+def _newest(folder: Path) -> Path | None:
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return max(found, key=lambda path: int(path.name[5:]), default=None)

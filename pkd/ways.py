@@ -1,0 +1,59 @@
+"""The command line that starts one phase on every rank, for each way of starting; pure."""
+
+import shlex
+import sys
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from pkd.launcher import FIRST_PORT, PORTS
+
+WAYS = {
+    "torchrun": "one machine, torch's launcher",
+    "deepspeed": "one machine, DeepSpeed's launcher",
+    "srun": "inside a Slurm allocation: one task a rank",
+    "srun-deepspeed": "inside a Slurm allocation: DeepSpeed's launcher once a node, without ssh",
+    "slurm": "submit the phases as chained jobs",
+}
+
+# A signal in the moment between a process's start and Python's first line would end it: until then none is listened to.
+_RANK = ["bash", "-c", 'trap "" TERM USR1; exec "$@"', "rank", sys.executable, "-m", "pkd"]
+
+
+def command(way: str, arguments: list[str], ranks: int, env: Mapping[str, str], hostfile: Path) -> list[str]:
+    """argv that runs `pkd <arguments>` on every rank. ranks: how many, on one machine; env, hostfile: under Slurm."""
+    rank = [*_RANK, *arguments]
+    if way == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
+                "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--no-python", *rank]
+    if way == "deepspeed":
+        return [*_deepspeed("--num_gpus", str(ranks), "--master_port", str(_port(str(hostfile)))), *rank]
+    groups = int(env.get("SLURM_HET_SIZE", "1"))
+    srun = ["srun", "--kill-on-bad-exit=1", "--wait=60"]
+    if groups > 1:
+        srun.append("--het-group=" + ",".join(map(str, range(groups))))
+    if way == "srun":
+        return [*srun, *rank]
+    nodes = env["SLURM_JOB_NUM_NODES"]
+    node = shlex.join(_deepspeed("--no_ssh", "--hostfile", str(hostfile), "--master_addr", env["PKD_FIRST_HOST"],
+                                 "--master_port", str(_port(f"{env['SLURM_JOB_ID']}.{arguments[0]}"))))
+    # DeepSpeed's own processes would die of USR1; the ranks below them listen to it themselves.
+    return [*srun, f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "bash", "-c",
+            f'trap "" TERM USR1; exec {node} --node_rank "$SLURM_NODEID" "$@"', "node", *rank]
+
+
+def environment(way: str, env: Mapping[str, str]) -> dict[str, str]:
+    """What the launcher's own environment needs beside what it has."""
+    out = {"OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", "1")}  # pkd sets its threads itself, by the recipe
+    if way == "torchrun":
+        out["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "600"  # after a signal torchrun kills what has not saved by then
+    return out
+
+
+def _deepspeed(*options: str) -> list[str]:
+    return [sys.executable, "-m", "deepspeed.launcher.runner", *options, "--no_python", "--no_local_rank"]
+
+
+def _port(text: str) -> int:
+    """Below the ephemeral range, and another one for another run on the same machine."""
+    return FIRST_PORT + zlib.crc32(text.encode()) % PORTS
