@@ -49,7 +49,7 @@ class Console:
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            self.rich.print(text, markup=False)
+            self.rich.print(text, markup=False, soft_wrap=True)  # lines of a log are not cut
 
     def show(self, table) -> None:
         if not self.quiet:

@@ -47,6 +47,12 @@ class Lock:
             time.sleep(0.1)
         self._write_record()
 
+    def check(self) -> None:
+        """Raises UserError if another job took this lock over, having every reason to think that this one was dead."""
+        if not self._is_current():
+            raise UserError(f"another job ({told(held_by(self.path) or {})}) has taken run folder {self.path.parent} over "
+                            "while this one could not be reached: this one ends without writing")
+
     def release(self) -> None:
         self.file.close()
 
@@ -66,13 +72,16 @@ class Lock:
                 raise unwritable(self.path, error, 0) from None
             self.remark = f"the file system of {self.path.parent} has no locks: start no second job in that folder"
             return True
+        if self._is_current():
+            return True
+        self.file.close()  # it was taken over between open and lock
+        return False
+
+    def _is_current(self) -> bool:
         try:
-            current = os.stat(self.path).st_ino == os.fstat(self.file.fileno()).st_ino
+            return os.stat(self.path).st_ino == os.fstat(self.file.fileno()).st_ino
         except OSError:
-            current = False
-        if not current:  # it was taken over between open and lock
-            self.file.close()
-        return current
+            return False
 
     def _replace(self) -> None:
         fresh = self.path.with_name(f".{self.path.name}.{socket.gethostname()}-{os.getpid()}")

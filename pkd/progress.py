@@ -48,6 +48,7 @@ class Progress:
         sums = self.sums.gather()
         if not bool(torch.isfinite(sums).all()):
             return
+        self.job.run.check_locks()
         tensors = {f"best-{name}": weights for name, weights in self.best_weights.items()}
         tensors["sums"] = {"sums": sums}
         progress = {

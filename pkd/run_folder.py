@@ -54,6 +54,11 @@ class RunFolder:
                             "delete that one")
         return found
 
+    def check_locks(self) -> None:
+        """Before something is written that another job may have written meanwhile. Raises UserError."""
+        for lock in self.locks:
+            lock.check()
+
     def mark(self, phase: str, state: str, **more) -> None:
         """Record where a phase stands, for whoever holds its lock.
 

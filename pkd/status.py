@@ -20,18 +20,18 @@ def status(path: Path, as_json: bool, console: Console) -> Standing:
     if as_json:
         console.report(json.dumps({**asdict(found), "jobs": jobs}, indent=2))
         return found
-    console.say(f"{path}: {_headline(found)}")
+    console.report(f"{path}: {_headline(found)}")
     for name, state in found.teachers.items():
-        console.say(f"  teacher {name}: {state}")
+        console.report(f"  teacher {name}: {state}")
     if found.distill != "none":
         accuracy = f", ensemble {100 * found.accuracy:.1f} % on validation" if found.accuracy is not None else ""
-        console.say(f"  distill: {found.distill}, epoch {found.epoch} of {found.epochs}{accuracy}")
+        console.report(f"  distill: {found.distill}, epoch {found.epoch} of {found.epochs}{accuracy}")
     if found.checkpoint:
-        console.say(f"  last checkpoint: {found.checkpoint}, {_age(found.checkpoint_age)} ago")
+        console.report(f"  last checkpoint: {found.checkpoint}, {_age(found.checkpoint_age)} ago")
     if found.why:
-        console.say(f"  refused: {found.why}")
+        console.report(f"  refused: {found.why}")
     for name, state in jobs.items():
-        console.say(f"  Slurm job {name}: {state}")
+        console.report(f"  Slurm job {name}: {state}")
     return found
 
 

@@ -159,6 +159,7 @@ class Lesson:
             self.best_weights = {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
 
     def _save(self) -> None:
+        self.job.run.check_locks()
         tensors = {"best": self.best_weights} if self.best else {}
         progress = {"best": self.best, "rates": self.rates.to_json(), "identity": self._identity()}
         checkpoint.save(self.folder, self.step, self.engine, progress, tensors,

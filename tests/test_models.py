@@ -121,12 +121,13 @@ class TwoOutputs(OneConvolution):
         return super().forward(images), 0
 
 
-def no_arguments():
-    return nn.Linear(1, 1)
+class NoArguments(nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1)
 
 
 def not_a_network(num_classes):
-    return num_classes
+    raise AssertionError("only classes of networks are called, whatever a recipe names")
 
 
 def test_a_class_of_ones_own_is_a_model_and_its_failures_are_named(monkeypatch):
@@ -134,8 +135,8 @@ def test_a_class_of_ones_own_is_a_model_and_its_failures_are_named(monkeypatch):
     network = build(Model(name="mine:OneConvolution"), 6, 1, (8, 8))
     assert network.channels == 3 and isinstance(network.backbone.layers[1], BatchNorm)
     assert network(_images(2, 1, 8, 8)).shape == (2, 6)
-    for attribute, reason in {"Absent": "could not be imported", "no_arguments": "TypeError",
-                              "not_a_network": "made a int", "TwoOutputs": "returned a tuple"}.items():
+    for attribute, reason in {"Absent": "could not be imported", "NoArguments": "TypeError",
+                              "not_a_network": "no torch.nn.Module class", "TwoOutputs": "returned a tuple"}.items():
         with pytest.raises(UserError, match=f"mine:{attribute}.*{reason}"):
             build(Model(name=f"mine:{attribute}"), 6, 1, (8, 8))
     with pytest.raises(UserError, match="2 x 2 pixels"):

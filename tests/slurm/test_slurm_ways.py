@@ -1,0 +1,61 @@
+"""Every way of starting, on real Slurm daemons: the same students and losses as four ranks on this machine."""
+
+import json
+
+import pytest
+from ranks import run, students, teachers, trace
+from slurm_run import SlurmRun
+
+
+@pytest.fixture(scope="module")
+def expected(tiny, taught, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("expected") / "run"
+    run(4, "distill", tiny, "--run-folder", folder, f"teachers_from={taught}")
+    return trace(folder), students(folder)
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm-deepspeed.sbatch", "slurm-het.sbatch"])
+def test_each_script_gives_the_same_students(cluster, tiny, new_run, expected, script):
+    folder, teachers_from = new_run("run")
+    mine = SlurmRun(cluster, folder, script, tiny, teachers_from, "--phases", "distill",
+                    "placement.student_ranks=2").submit()
+    assert mine.end() == "COMPLETED", mine.log
+    assert mine.result() == expected
+    placement = json.loads((folder / "placement.json").read_text())["placement"]
+    assert placement["nodes"] == [0, 0, 1, 1] and placement["student_ranks"] == 2
+    ranks = json.loads((folder / "ranks" / "distill.json").read_text())["ranks"]
+    assert len({rank["host"] for rank in ranks[:2]}) == 1 and len({rank["host"] for rank in ranks}) == 2
+    if script == "slurm-het.sbatch":  # the first component's nodes hold the students
+        kinds = [cluster.slurm("scontrol", "show", "node", rank["host"]) for rank in ranks]
+        assert ["h100" in kind for kind in kinds] == [True, True, False, False]
+
+
+def test_launch_submits_a_chain_and_a_failed_teacher_cancels_what_waits_for_it(cluster, tiny, taught, tmp_path):
+    """Also: the same command afterwards submits only what is left."""
+    folder = tmp_path / "run"
+    launch = ("python", "-m", "pkd", "launch", tiny, "--run-folder", folder, "--on", "slurm", "--ranks-per-node", 2,
+              f"--sbatch=--output={tmp_path}/%x-%a.log")
+    wrong = folder / "teachers" / "level1-1.json"
+    wrong.parent.mkdir(parents=True)
+    wrong.write_text('{"identity": "another"}')
+    cluster.slurm(*launch, cwd=tmp_path)
+    jobs = json.loads((folder / "jobs.json").read_text())
+    with pytest.raises(RuntimeError, match="still queued or running"):
+        cluster.slurm(*launch, cwd=tmp_path)
+    assert cluster.wait(int(jobs["teach-specialists"]), 120) == "COMPLETED,FAILED"
+    assert cluster.wait(int(jobs["distill"]), 60) == "CANCELLED"
+    assert cluster.wait(int(jobs["evaluate"]), 60) == "CANCELLED"
+    said = "".join(path.read_text() for path in tmp_path.glob("pkd-teach-specialists-*.log"))
+    assert "level1-1 in" in said and f"Slurm cancels what waits for it: {jobs['distill']} (distill)" in said, said
+    status = cluster.slurm("python", "-m", "pkd", "status", folder)
+    assert "teacher level1-1: " in status and f"{jobs['distill']} (distill): CANCELLED" in status, status
+    assert cluster.wait(int(jobs["teach-top"]), 120) == "COMPLETED"
+    wrong.unlink()
+    cluster.slurm(*launch, cwd=tmp_path)
+    jobs = json.loads((folder / "jobs.json").read_text())
+    assert set(jobs) == {"teach-specialists", "distill", "evaluate"}
+    assert cluster.wait(int(jobs["evaluate"]), 180) == "COMPLETED"
+    assert teachers(folder) == teachers(taught)
+    assert json.loads((folder / "summary.json").read_text())["complete"]
+    with pytest.raises(RuntimeError, match=r"exit code 2.*belongs to another recipe"):
+        cluster.slurm(*launch, "seed=1", cwd=tmp_path)

@@ -1,0 +1,156 @@
+"""`pkd launch`: the phases in order, each once, going on where the run stands; signals reach every rank."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ranks import REPOSITORY, clean_environment, refused, run, students, trace, wait_for_step
+
+BIN = Path(sys.executable).parent
+SCRIPTS = {"torchrun": REPOSITORY / "launch" / "torchrun.sh", "deepspeed": REPOSITORY / "launch" / "deepspeed.sh"}
+END = 60  # seconds
+
+
+def start(way: str, *words) -> subprocess.Popen:
+    """launch/<way>.sh on two ranks, in a session of its own."""
+    environment = {**clean_environment(), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    return subprocess.Popen([SCRIPTS[way], "2", *map(str, words)], env=environment, cwd=REPOSITORY, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def ended(process: subprocess.Popen, timeout: float = 120.0) -> tuple[int, str]:
+    try:
+        out, _ = process.communicate(timeout=timeout)
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    return process.returncode, out
+
+
+def state(folder: Path) -> str:
+    return json.loads((folder / "state" / "distill.json").read_text())["state"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, taught, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(2, "distill", tiny, "--run-folder", folder, f"teachers_from={taught}")
+    return folder
+
+
+def test_all_phases_run_once_and_a_second_call_finds_nothing_to_do(tiny, taught, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    code, out = ended(start("torchrun", tiny, "--run-folder", folder))
+    assert code == 0, out
+    assert "ensemble of students" in out and json.loads((folder / "summary.json").read_text())["complete"]
+    assert students(folder) == students(undisturbed) and trace(folder) == trace(undisturbed)
+    assert (folder / "teachers" / "level1-0.safetensors").read_bytes() == \
+        (taught / "teachers" / "level1-0.safetensors").read_bytes()
+    again = run(1, "launch", tiny, "--run-folder", folder, "--on", "torchrun", "--ranks-per-node", 2)[0].out
+    assert again.count("done already") == 3
+    said = json.loads(run(1, "status", folder, "--json")[0].out)
+    assert said["phase"] == "done" and said["holder"] is None and set(said["teachers"].values()) == {"done"}
+    assert said["checkpoint"] == "step-24" and said["checkpoint_age"] < 300 and said["epoch"] == 2
+
+
+@pytest.mark.parametrize(("way", "target", "number"), [
+    ("torchrun", "script", signal.SIGTERM), ("torchrun", "launcher", signal.SIGUSR1),
+    ("torchrun", "rank", signal.SIGUSR1), ("deepspeed", "script", signal.SIGUSR1),
+    ("deepspeed", "launcher", signal.SIGTERM), ("deepspeed", "rank", signal.SIGTERM)])
+def test_a_signal_to_script_launcher_or_rank_stops_all_ranks_together_and_saved(tiny, new_run, undisturbed, way, target,
+                                                                                number):
+    folder, teachers_from = new_run("run")
+    words = (tiny, teachers_from, "--run-folder", folder, "--phases", "distill")
+    process = start(way, *words)
+    wait_for_step(folder, 3)
+    victim = process.pid
+    if target == "launcher":  # the first child of `pkd launch`, which took the script's place
+        victim = int(subprocess.run(["pgrep", "-o", "-P", str(victim)], capture_output=True, text=True).stdout)
+    elif target == "rank":
+        victim = json.loads((folder / "ranks" / "distill.json").read_text())["ranks"][1]["pid"]
+    os.kill(victim, number)
+    code, out = ended(process, END)
+    assert code == 0 and state(folder) == "stopped", out
+    assert len(trace(folder)) < len(trace(undisturbed)) and not (folder / "students").exists()
+    assert "next is distill" in run(1, "status", folder)[0].out
+    assert "not finished (distill: stopped)" in refused(1, "evaluate", folder)
+    if target == "launcher":  # once a way: what a resumed run becomes
+        code, out = ended(start(way, *words))
+        assert code == 0 and students(folder) == students(undisturbed) and trace(folder) == trace(undisturbed), out
+
+
+@pytest.mark.parametrize(("way", "delay"), [("torchrun", 0.1), ("deepspeed", 1.5), ("torchrun", 3.0)])
+def test_a_signal_in_the_first_seconds_stops_as_well(tiny, new_run, way, delay):
+    folder, teachers_from = new_run("run")
+    process = start(way, tiny, teachers_from, "--run-folder", folder, "--phases", "distill", "distill.epochs=500")
+    time.sleep(delay)
+    os.kill(process.pid, signal.SIGTERM)
+    code, out = ended(process, END)
+    assert code == 0 and "the same command goes on" in out, out
+    assert not (folder / "checkpoints").exists() or state(folder) == "stopped"
+
+
+def test_mistakes_end_a_launch_with_code_2_before_any_rank_starts(tiny, new_run, undisturbed):
+    folder, teachers_from = new_run("run")
+    words = ("launch", tiny, teachers_from, "--run-folder", folder, "--on", "torchrun")
+    assert "you asked for 9" in refused(1, *words, "--ranks-per-node", 9, "placement.kind=co-located")
+    assert "did you mean 'epochs'" in refused(1, *words, "distill.epoch=3")
+    assert "--phases is tech" in refused(1, *words, "--phases", "tech")
+    assert "--nodes is 2" in refused(1, *words, "--nodes", 2)
+    assert "job array" in refused(1, *words, "--teacher", "level0", "--teacher", "level1-0")
+    assert "SLURM_JOB_ID" in refused(1, *words[:-1], "srun")
+    assert not folder.exists()
+    words = ("launch", tiny, teachers_from, "--run-folder", undisturbed, "--on", "torchrun", "students.0.lr=1")
+    assert "belongs to another recipe" in refused(1, *words)
+
+
+def test_a_dry_run_prints_the_commands_and_starts_nothing(tiny, tmp_path):
+    words = ("launch", tiny, "--run-folder", tmp_path / "run", "--dry-run", "--on")
+    lines = run(1, *words, "deepspeed", "--ranks-per-node", 3)[0].out.splitlines()
+    assert len(lines) == 3 and "--num_gpus 3" in lines[0] and "evaluate" in lines[2]
+    out = run(1, *words, "slurm", "--nodes", 2, "--ranks-per-node", 2, "--sbatch=--partition=gpu")[0].out
+    top, specialists, distill, evaluate = [line for line in out.splitlines() if line.startswith("sbatch ")]
+    assert "--nodes=2 --ntasks-per-node=2" in top and "--teacher level0" in top and "--dependency" not in top
+    assert "--array=0-4" in specialists and "--ntasks-per-node=1" in specialists and "--dependency" not in specialists
+    assert "afterok:<id of teach-top>:<id of teach-specialists> --kill-on-invalid-dep=yes" in distill
+    assert "afterok:<id of distill>" in evaluate and all("--partition=gpu" in line for line in (top, evaluate))
+    assert "#SBATCH --requeue" in out and "export SRUN_CPUS_PER_TASK" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_status_tells_where_a_run_stands_while_it_runs(tiny, new_run):
+    folder, teachers_from = new_run("run")
+    assert "holds no run" in refused(1, "status", folder)
+    process = start("torchrun", tiny, teachers_from, "--run-folder", folder, "--phases", "distill", "distill.epochs=500")
+    wait_for_step(folder, 14)
+    said = run(1, "status", folder)[0].out
+    os.kill(process.pid, signal.SIGTERM)
+    assert ended(process, END)[0] == 0
+    assert "is writing, 6 of 6 teachers done" in said and "distill: running, epoch" in said
+    assert "last checkpoint: step-" in said and "s ago" in said
+    process = start("torchrun", tiny, teachers_from, "--run-folder", folder, "--phases", "distill", "distill.epochs=500")
+    wait_for_step(folder, len(trace(folder)) + 2)
+    for rank in json.loads((folder / "ranks" / "distill.json").read_text())["ranks"]:
+        os.kill(rank["pid"], signal.SIGKILL)
+    code, out = ended(process, END)
+    assert code == 1 and "goes on from the last checkpoint" in out
+    assert "distill: ended without a word" in run(1, "status", folder)[0].out
+
+
+def test_fetch_reads_what_a_recipe_names_and_says_where_it_is(tiny, taught, tmp_path):
+    said = run(1, "fetch", tiny)[0].out
+    assert "480 images of 10 classes" in said
+    weights = ("students.0.model={name: resnet18, input_size: 32, weights: IMAGENET1K_V1}",)
+    environment = {"TORCH_HOME": str(tmp_path), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    sentence = refused(1, "fetch", tiny, *weights, env=lambda rank: environment)
+    assert "IMAGENET1K_V1" in sentence and "where there is a network" in sentence
+    said = run(1, "fetch", tiny, f"students.0.model.weights={taught / 'teachers' / 'level0.safetensors'}",
+               "students.0.model.name=pkd_resnet_s")[0].out
+    assert "numbers, in" in said
