@@ -4,30 +4,6 @@ import os
 import signal
 import time
 
-import pytest
-from slurm_run import LONG, SlurmRun
-
-
-@pytest.fixture(scope="module")
-def undisturbed(cluster, tiny, taught, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    mine = SlurmRun(cluster, folder, "slurm.sbatch", tiny, f"teachers_from={taught}", "--phases", "distill", *LONG).submit()
-    assert mine.end() == "COMPLETED", mine.log
-    return mine.result()
-
-
-@pytest.fixture
-def disturbed(cluster, tiny, new_run):
-    """A run that has come to its second epoch, to be hit by something."""
-    folder, teachers_from = new_run("run")
-
-    def begin(*options, script="slurm.sbatch"):
-        mine = SlurmRun(cluster, folder, script, tiny, teachers_from, "--phases", "distill", *LONG).submit(*options)
-        mine.wait_for_step(30)
-        return mine
-    yield begin
-    cluster.heal()
-
 
 def test_a_preempted_job_makes_room_and_goes_on_at_the_very_step(cluster, disturbed, undisturbed):
     """By a job of a partition with priority: SIGTERM to all ranks, then a time of grace."""

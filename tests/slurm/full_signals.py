@@ -1,0 +1,47 @@
+"""A signal to the batch script, to the launcher or to one rank, for each Slurm way: stop, save, queue again, go on."""
+
+import os
+import signal
+
+import pytest
+
+TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm-deepspeed.sbatch"])
+@pytest.mark.parametrize(("target", "number"), [
+    ("batch script", USR1), ("batch script", TERM), ("launcher", USR1), ("launcher", TERM), ("one rank", USR1),
+    ("one rank", TERM), ("all of the job (scancel --signal)", USR1), ("all of the job (scancel --signal)", TERM)])
+def test_a_signal(cluster, disturbed, undisturbed, record, script, target, number):
+    mine = disturbed(script=script)
+    host = cluster.batch_host(mine.job)
+    if target == "batch script":
+        cluster.slurm("scancel", "--batch", f"--signal={number.name[3:]}", mine.job)
+    elif target == "launcher":
+        os.kill(min(cluster.pids(host, "srun --kill-on-bad-exit")), number)
+    elif target == "one rank":
+        os.kill(mine.pid(2), number)
+    else:
+        cluster.slurm("scancel", f"--signal={number.name[3:]}", mine.job)
+    recovery = mine.recovery()
+    assert mine.end() == "COMPLETED", mine.log
+    same = mine.result() == undisturbed
+    record(f"{number.name} to {target}, {script}", **{
+        "noticed after s": f"{recovery.noticed:.1f}", "training goes on after s": f"{recovery.going_on:.1f}",
+        "steps taken again": recovery.steps_lost, "students identical": "yes" if same else "NO"})
+    assert same
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm-deepspeed.sbatch", "slurm-het.sbatch"])
+def test_the_time_limit(cluster, disturbed, undisturbed, record, script):
+    """Slurm sends --signal up to a minute early: here within the first seconds, while the ranks import."""
+    options = ("--time=2", "--signal=USR1@90")
+    if script == "slurm-het.sbatch":
+        options = ("--time=2",)  # the script's own 120 s: at once
+    mine = disturbed(*options, script=script, step=0)
+    assert mine.end(400) == "COMPLETED", mine.log
+    same = mine.result() == undisturbed
+    record(f"time limit, {script}", **{
+        "noticed after s": "before the limit", "training goes on after s": "", "steps taken again": 0,
+        "students identical": "yes" if same else "NO"})
+    assert same and cluster.restarts(mine.job) >= 1
