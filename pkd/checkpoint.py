@@ -37,7 +37,7 @@ def save(folder: Path, step: int, engine: Engine, progress: dict, tensors: dict[
         if writer:
             write_tensors(partial / f"network-{name}.safetensors", values)
         beat()
-    gathered = _gather_statistics(engine)
+    gathered = _gather_statistics(engine, beat)
     if not writer:
         return
     write_tensors(partial / "batch-statistics.safetensors", gathered)
@@ -98,10 +98,11 @@ def load(path: Path, engine: Engine) -> dict:
     return saved["progress"]
 
 
-def _gather_statistics(engine: Engine) -> dict[str, torch.Tensor]:
-    out = {}
-    for index in range(len(engine.names)):
-        for name, buffer in statistics(engine.ds.module.networks[index]).items():
+def _gather_statistics(engine: Engine, beat: Callable[[], None]) -> dict[str, torch.Tensor]:
+    out, mine = {}, [statistics(network) for network in engine.ds.module.networks]
+    beat()
+    for index, buffers in enumerate(mine):
+        for name, buffer in buffers.items():
             shares = [torch.empty_like(buffer) for _ in range(engine.ranks)]
             dist.all_gather(shares, buffer.contiguous())
             out.update({f"{rank}/{index}/{name}": share for rank, share in enumerate(shares)})

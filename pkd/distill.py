@@ -137,6 +137,7 @@ class Distillation:
             torch.manual_seed(derived_seed(self.recipe.seed, total_step, index, self.rank))
             logits = engine.train_step(images)
             loss, terms = pyramid_loss(logits, labels, levels, setup.schedule.batch, setup.constants)
+            self.job.watchdog.waits("the gradients of the students' island")
             engine.backward(loss)
             self.progress.sums.add(terms)
             losses = losses + terms["loss"]
@@ -163,7 +164,7 @@ class Distillation:
         networks = list(self.engine.copies.values())
         validation = setup.data.splits["validation"]
         scores = validate(networks, setup.views, validation.numpy(), setup.labels[validation], self.device,
-                          lambda: self.job.beat("validation"))
+                          lambda group: self.job.beat("validation", group=group))
         progress.end_epoch(scores)
 
 

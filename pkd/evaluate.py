@@ -37,7 +37,7 @@ def evaluate(path: Path, console: Console, overrides: list[str], limit: int | No
     test = data.splits["test"][:limit]
     networks = [network.to(device) for network, _ in students]
     facts = [facts for _, facts in students]
-    scores = validate(networks, views, test.numpy(), data.labels[test], device, lambda: None)
+    scores = validate(networks, views, test.numpy(), data.labels[test], device, lambda group: None)
     done = read_json(run.students / "students.json")
     lines = read_lines(run.metrics)
     before = read_json(path / "summary.json")["test_readings"] if (path / "summary.json").exists() else 0
@@ -122,7 +122,7 @@ def _teachers(run: RunFolder, recipe: Recipe, data: DataSet, views: Views, limit
         test = data.splits["test"][:limit]
         ids = test[local[data.labels[test]] >= 0]
         scores = validate([network.to(device).eval()], views, ids.numpy(), local[data.labels[ids]], device,
-                          lambda: None)
+                          lambda group: None)
         out[teacher.name] = {"level": teacher.level, "classes": list(teacher.classes),
                              "accuracy": scores.accuracy[0], "test_images": len(ids),
                              "parameters": facts["parameters"]}

@@ -74,7 +74,7 @@ class Job:
 
     def steady(self) -> None:
         """The first step is done: from now on the shorter limit holds."""
-        self.watchdog.limit = self.recipe.timeouts.step
+        self.watchdog.steady(self.recipe.timeouts.step)
 
     def stop_wanted(self) -> bool:
         """Whether a signal reached this rank, or any rank that told the store."""

@@ -106,7 +106,7 @@ def write_hostfile(path: Path, env: Mapping[str, str]) -> None:
 
 def may_try_again(run: Path, name: str, outcome: str, console: Console) -> bool:
     """Whether this job is to be queued again: not if it was cancelled, nor if it fails over and over at one place."""
-    if _job_state() in ("CANCELLED", "COMPLETED"):
+    if _job_state() not in ("RUNNING", "UNKNOWN"):  # it was cancelled, or Slurm itself is at it
         return False
     if outcome == "stopped":
         return True

@@ -141,6 +141,7 @@ class Lesson:
         logits = self.engine.train_step(images)[0]
         loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.settings.label_smoothing)
         loss = loss / self.schedule.batch
+        self.job.watchdog.waits(f"the gradients of {self.teacher.name}'s island")
         self.engine.backward(loss)
         if self.broken is None and not bool(torch.isfinite(loss)):
             self.broken = (step, 0)
@@ -151,7 +152,7 @@ class Lesson:
         network = self.engine.copies[self.teacher.name]
         ids = _of_classes(self.data, "validation", self.teacher)
         scores = validate([network], self.views, ids, self.local[self.data.labels[ids]], self.device,
-                          lambda: self.job.beat(f"validating {self.teacher.name}"))
+                          lambda group: self.job.beat(f"validating {self.teacher.name}", group=group))
         self.rates.validated(scores.loss)
         found = {"step": self.step, "accuracy": scores.accuracy[0], "loss": scores.loss[0]}
         if not self.best or (found["accuracy"], -found["loss"]) > (self.best["accuracy"], -self.best["loss"]):

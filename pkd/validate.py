@@ -25,10 +25,11 @@ class Scores:
 
 
 def validate(networks: list[torch.nn.Module], views: Views, ids: np.ndarray, labels: torch.Tensor,
-             device: torch.device, beat: Callable[[], None]) -> Scores:
+             device: torch.device, beat: Callable[[str | None], None]) -> Scores:
     """Networks on their plain views; labels: int64, the class index of each of `ids` as the networks number classes.
 
     In float64 and rank order, so that every rank has the same figures to the last bit. A collective if ranks > 1.
+    beat: told of progress, and for what this rank waits then.
     """
     together = dist.is_initialized()
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
@@ -42,13 +43,14 @@ def validate(networks: list[torch.nn.Module], views: Views, ids: np.ndarray, lab
             logits = []
             for network in networks:
                 logits.append(network(images).float())
-                beat()
+                beat(None)
             logits = torch.stack(logits)
             logits = torch.cat([logits, logits.mean(0, keepdim=True)])
             for index, own in enumerate(logits):
                 sums[0, index] += (own.argmax(1) == truth).sum().item()
                 sums[1, index] += F.cross_entropy(own, truth, reduction="sum").double().item()
     if together:
+        beat("the other ranks' scores")
         sums = sums.to(device)
         parts = [torch.empty_like(sums) for _ in range(ranks)]
         dist.all_gather(parts, sums)

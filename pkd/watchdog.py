@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 EXIT_HANG = 3
+OWN_WORK = "its own work"  # in place of a group
 GRACE = 10.0  # seconds for a rank to end by itself after another gave the job up
 
 
@@ -24,26 +25,41 @@ class Watchdog(threading.Thread):
         super().__init__(daemon=True, name="watchdog")
         self.store, self.rank, self.size, self.role = store, rank, size, role
         self.limit, self.say = limit, say
-        self.phase, self.step, self.group, self.count = "starting", 0, "none", 0
+        self.phase, self.step, self.group, self.count = "starting", 0, OWN_WORK, 0
         self.stop_requested = threading.Event()  # some rank asked the whole job to stop
-        self._done = threading.Event()
+        self._done, self._wake = threading.Event(), threading.Event()
         self._answered = time.monotonic()  # when the store last did
 
     def beat(self, phase: str, step: int, group: str | None = None) -> None:
-        """Progress: cheap enough for every step. `group` names what the rank is about to wait for."""
-        self.phase, self.step, self.count = phase, step, self.count + 1
-        if group is not None:
-            self.group = group
+        """Progress: cheap enough for every step. `group` names what the rank is about to wait for, if anything."""
+        self.phase, self.step, self.count, self.group = phase, step, self.count + 1, group or OWN_WORK
+
+    def waits(self, group: str) -> None:
+        """Progress as well: this rank has done its part and is about to wait for the others of a group."""
+        self.group, self.count = group, self.count + 1
+
+    def steady(self, limit: float) -> None:
+        """The start is over: another limit holds from now on, which the others hear of at once."""
+        if self.limit != limit:
+            self.limit = limit
+            self._wake.set()
 
     def stop(self) -> None:
         self._done.set()
+        self._wake.set()
 
     def run(self) -> None:
         threading.Thread(target=self._guard_store, daemon=True, name="watchdog of the store").start()
         tick, seen, moved, aborted = 0, -1, time.monotonic(), None
         others: dict[int, tuple[int, int]] = {}  # rank -> (count, tick) as last read
         silent: dict[int, float] = {}  # rank -> since when its thread has not ticked
-        while not self._done.wait(min(2.0, self.limit / 20)):
+        try:
+            self._publish(tick, 0.0)  # at once: who hangs before the first tick is to be known by name, too
+        except RuntimeError:
+            pass
+        while not self._done.is_set():
+            self._wake.wait(min(2.0, self.limit / 20))
+            self._wake.clear()
             now, tick = time.monotonic(), tick + 1
             if self.count != seen:
                 seen, moved, others, silent = self.count, now, {}, {}
@@ -83,7 +99,7 @@ class Watchdog(threading.Thread):
 
     def _publish(self, tick: int, age: float) -> None:
         record = {"role": self.role, "phase": self.phase, "step": self.step, "count": self.count, "tick": tick,
-                  "age": round(age, 1)}
+                  "age": round(age, 1), "group": self.group}
         self.store.set(f"beat/{self.rank}", json.dumps(record))
 
     def _read(self) -> dict[int, dict]:
@@ -96,11 +112,22 @@ class Watchdog(threading.Thread):
             return f"rank {absent[0]} has never been heard of"
         mute = [rank for rank in records if now - silent[rank] > self.limit / 4]
         everyone = {**records, self.rank: {"role": self.role, "phase": self.phase, "step": self.step,
-                                           "age": self.limit, "count": self.count}}
-        rank = mute[0] if mute else max(everyone, key=lambda r: (everyone[r]["age"], -everyone[r]["count"]))
+                                           "age": self.limit, "count": self.count, "group": self.group}}
+        rank = mute[0] if mute else self._behind(everyone)
         who = everyone[rank]
         state = "does not answer at all" if mute else f"has stood still for {who['age']:.0f} s"
         return f"the stalest is rank {rank} ({who['role']}), last in {who['phase']} at step {who['step']}, which {state}"
+
+    def _behind(self, everyone: dict[int, dict]) -> int:
+        """Who is to blame. Not who waits for a group, if anybody is at work of its own: that one is waited for. Else who
+        moved last the longest ago; ages are as exact as the ticks, so of ranks of one role that stopped in the same
+        moment, the one that did least before.
+        """
+        working = {rank: who for rank, who in everyone.items() if who["group"] == OWN_WORK} or everyone
+        oldest = max(working, key=lambda rank: working[rank]["age"])
+        role, age = working[oldest]["role"], working[oldest]["age"]
+        alike = [rank for rank, who in working.items() if who["role"] == role and who["age"] > age - self.limit / 8]
+        return min(alike, key=lambda rank: (working[rank]["count"], rank))
 
     def _end(self, why: str) -> None:
         self.say(f"pkd: hang: rank {self.rank} ({self.role}) waited {self.limit:.0f} s in {self.phase} at step "

@@ -6,6 +6,7 @@ threads differs as much. Where the tests compare losses to 1e-6, the network has
 
 import os
 import time
+import traceback
 
 import torch
 from torch import nn
@@ -37,3 +38,21 @@ class Slow(Smooth):
         if not self.training and os.environ.get("PKD_TEST_SLOW_VALIDATION") and len(images) > 2:
             time.sleep(2.5)
         return super().forward(images)
+
+
+class Stuck(Smooth):
+    """Hangs for good in "validation" or in "saving", whichever a test asks for, from the moment when its file is there."""
+
+    def _hang(self, where: str) -> None:
+        while os.environ.get("PKD_TEST_STUCK") == where and os.path.exists(os.environ["PKD_TEST_STUCK_FROM"]):
+            time.sleep(0.1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            self._hang("validation")
+        return super().forward(images)
+
+    def state_dict(self, *arguments, **options):
+        if any(frame.filename.endswith("checkpoint.py") for frame in traceback.extract_stack()):
+            self._hang("saving")
+        return super().state_dict(*arguments, **options)

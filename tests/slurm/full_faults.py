@@ -68,7 +68,7 @@ def test_a_full_disk(cluster, disturbed, undisturbed, record):
     said = mine.log + "".join(path.read_text() for path in cluster.small.glob("run*.log"))
     assert "make room and start the same command again" in said or "no space left" in said.lower(), said
     mine.submit()
-    mine.wait_for_step(hit)
+    mine._until(lambda: "resuming from" in mine.log, 60, "resuming")
     lost = max(0, hit + 1 - int(mine.log.split("step-")[1].split()[0]))
     assert mine.end() == "COMPLETED", mine.log
     same = mine.result() == undisturbed
