@@ -7,10 +7,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 run=runs/digits
 for argument in "$@"; do run+=-$argument; done
-ranks=(.venv/bin/torchrun --standalone --nproc_per_node 4 -m pkd)
-export OMP_NUM_THREADS=1 # torchrun would set it, and say so
-
-.venv/bin/pkd plan digits --world 4 "$@"
-"${ranks[@]}" teach digits --run-folder "$run" "$@"
-"${ranks[@]}" distill digits --run-folder "$run" "$@"
-.venv/bin/pkd evaluate "$run"
+exec .venv/bin/pkd launch digits --on torchrun --ranks-per-node 4 --run-folder "$run" "$@"

@@ -107,6 +107,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         console.error(f"pkd: {error}")
         return 2
+    except BrokenPipeError:  # whoever read our output has seen enough, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
 
 
 def single(arguments: argparse.Namespace, console: Console) -> None:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from rich.table import Table
 
 from pkd.console import Console
 from pkd.data import DataSet, load_data
@@ -16,6 +15,7 @@ from pkd.pyramid import build_pyramid
 from pkd.recipe import Recipe
 from pkd.recipe_file import override, parse_recipe
 from pkd.run_folder import RunFolder
+from pkd.summary import table
 from pkd.validate import validate
 from pkd.views import Views
 
@@ -90,22 +90,6 @@ def merged(a: dict, b: dict) -> dict:
     out = dict(a)
     for key, value in b.items():
         out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
-    return out
-
-
-def table(summary: dict) -> Table:
-    out = Table(title=f"{summary['recipe']}, seed {summary['seed']}: accuracy on {summary['test_images']} test images")
-    for column, justify in (("", "left"), ("classes", "right"), ("parameters", "right"), ("accuracy %", "right")):
-        out.add_column(column, justify=justify)
-    for name, teacher in summary["teachers"].items():
-        out.add_row(f"teacher {name}", str(len(teacher["classes"])), f"{teacher['parameters']:,}",
-                    f"{100 * teacher['accuracy']:.1f}")
-    out.add_section()
-    for name, student in summary["students"].items():
-        out.add_row(f"student {name}", "all", f"{student['parameters']:,}", f"{100 * student['accuracy']:.1f}")
-    out.add_section()
-    out.add_row("ensemble of students", "all", f"{summary['ensemble']['parameters']:,}",
-                f"{100 * summary['ensemble']['accuracy']:.1f}")
     return out
 
 

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from pkd import slurm
+from pkd import slurm_chain, slurm_job
 from pkd.console import Console
 from pkd.errors import UserError
 from pkd.order import Order, is_done
@@ -30,7 +30,7 @@ def launch(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.nodes > 1:
         raise UserError(f"--on {way} starts ranks on this machine only, but --nodes is {arguments.nodes}: use --on slurm, "
                         "or leave --nodes out")
-    ranks = slurm.world_size(os.environ) if way.startswith("srun") else arguments.ranks_per_node
+    ranks = slurm_job.world_size(os.environ) if way.startswith("srun") else arguments.ranks_per_node
     order = Order(recipe, words, run, way, ranks, phases, _teacher(arguments.teacher))
     if "distill" in phases and not is_done(order, "distill"):
         _check_plan(recipe, ranks)
@@ -53,7 +53,7 @@ def _submit(arguments: argparse.Namespace, recipe: Recipe, words: list[str], run
     wanted = [name for name in names if name in (arguments.teacher or names) and "teach" in phases
               and not is_done(Order(recipe, words, run, "slurm", world, phases, name), "teach")]
     top_ranks = min(world, max(1, recipe.teachers.batch // SAMPLES_PER_RANK))
-    jobs = slurm.chain(words, run, names[0] if names[0] in wanted else None, [n for n in wanted if n != names[0]],
+    jobs = slurm_chain.chain(words, run, names[0] if names[0] in wanted else None, [n for n in wanted if n != names[0]],
                        "distill" in phases and not is_done(order, "distill"), "evaluate" in phases, arguments.nodes,
                        arguments.ranks_per_node, top_ranks)
     if not jobs:
@@ -61,10 +61,10 @@ def _submit(arguments: argparse.Namespace, recipe: Recipe, words: list[str], run
     elif arguments.dry_run:
         for job in jobs:
             ids = {name: f"<id of {name}>" for name in job.after}
-            console.report(slurm.shown(slurm.sbatch(job, script, arguments.sbatch, ids)))
+            console.report(slurm_chain.shown(slurm_chain.sbatch(job, script, arguments.sbatch, ids)))
         console.report(f"\n# {script}\n{script.read_text(encoding='utf-8')}")
     else:
-        slurm.submit(jobs, script, arguments.sbatch, run, console)
+        slurm_chain.submit(jobs, script, arguments.sbatch, run, console)
     return 0
 
 

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pkd import slurm
+from pkd import slurm_job
 from pkd.recipe import Recipe
 from pkd.run_folder import RunFolder
 from pkd.standing import standing
@@ -38,7 +38,7 @@ class Order:
         if phase == "evaluate":
             return [sys.executable, "-m", "pkd", *self.arguments(phase)]
         hostfile = self.run / "ranks" / "hostfile"
-        return command(self.way, self.arguments(phase), self.ranks, slurm.with_first_host(os.environ), hostfile)
+        return command(self.way, self.arguments(phase), self.ranks, slurm_job.with_first_host(os.environ), hostfile)
 
 
 def is_done(order: Order, phase: str) -> bool:

@@ -12,12 +12,13 @@ import time
 
 import psutil
 
-from pkd import slurm
+from pkd import slurm_job
 from pkd.console import Console
 from pkd.files import read_json
 from pkd.order import Order, is_done
 from pkd.run_folder import RunFolder
 from pkd.stop import signalled
+from pkd.summary import table
 from pkd.ways import environment
 
 
@@ -27,6 +28,8 @@ def run_phases(order: Order, console: Console, dry_run: bool) -> int:
     for phase in order.phases:
         if phase not in todo:
             console.say(f"{phase}: done already")
+    if not todo and "evaluate" in order.phases:
+        console.show(table(read_json(order.run / "summary.json")))
     for phase in todo:
         said = shlex.join(order.command(phase))
         if dry_run:
@@ -44,7 +47,7 @@ def run_phase(order: Order, phase: str) -> str:
     run, name = RunFolder(order.run), order.name(phase)
     before = run.state(name)
     if order.way == "srun-deepspeed":
-        slurm.write_hostfile(order.run / "ranks" / "hostfile", os.environ)
+        slurm_job.write_hostfile(order.run / "ranks" / "hostfile", os.environ)
     child = subprocess.Popen(order.command(phase), env={**os.environ, **environment(order.way, os.environ)})
     told = False
     while child.poll() is None or (order.way == "deepspeed" and _ranks_alive(order, name)):
@@ -66,11 +69,11 @@ def after(order: Order, phase: str, outcome: str, console: Console) -> int:
     if outcome == "stopped" and not in_slurm:
         console.say(f"{phase} was stopped by a signal, everything is saved: the same command goes on from here")
         return 0
-    if in_slurm and outcome != "refused" and slurm.may_try_again(order.run, order.name(phase), outcome, console):
-        slurm.requeue(console)
+    if in_slurm and outcome != "refused" and slurm_job.may_try_again(order.run, order.name(phase), outcome, console):
+        slurm_job.requeue(console)
         return 0 if outcome == "stopped" else 1
     if in_slurm:
-        slurm.tell_who_waited(order.run, order.name(phase), console)
+        slurm_job.tell_who_waited(order.run, order.name(phase), console)
     if outcome == "refused":
         return 2
     console.error(f"pkd: {phase} {outcome}: see what the ranks said above and in {order.run / 'logs'}; the same command "

@@ -54,7 +54,7 @@ def test_all_phases_run_once_and_a_second_call_finds_nothing_to_do(tiny, taught,
     assert (folder / "teachers" / "level1-0.safetensors").read_bytes() == \
         (taught / "teachers" / "level1-0.safetensors").read_bytes()
     again = run(1, "launch", tiny, "--run-folder", folder, "--on", "torchrun", "--ranks-per-node", 2)[0].out
-    assert again.count("done already") == 3
+    assert again.count("done already") == 3 and "ensemble of students" in again
     said = json.loads(run(1, "status", folder, "--json")[0].out)
     assert said["phase"] == "done" and said["holder"] is None and set(said["teachers"].values()) == {"done"}
     assert said["checkpoint"] == "step-24" and said["checkpoint_age"] < 300 and said["epoch"] == 2

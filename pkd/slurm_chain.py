@@ -1,0 +1,89 @@
+"""The chain of Slurm jobs that a run is submitted as."""
+
+import shlex
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pkd.console import Console
+from pkd.errors import UserError
+from pkd.files import read_json, write_json
+from pkd.slurm_job import ask
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One sbatch call; after: names of the submissions that must end well before it starts."""
+
+    name: str
+    options: tuple[str, ...]
+    words: tuple[str, ...]  # for the script
+    after: tuple[str, ...] = ()
+
+
+def chain(words: list[str], run: Path, top: str | None, specialists: list[str], distill: bool, evaluate: bool, nodes: int,
+          per_node: int, top_ranks: int) -> list[Submission]:
+    """The jobs of what is left of a run; pure.
+
+    The top teacher trains on as many ranks as it can use, the specialists one rank each as one array, both at the same
+    time; then the students on all ranks; then the evaluation on one.
+    """
+    base, out = (*words, "--run-folder", str(run), "--phases"), []
+    if top:
+        wide = (1, top_ranks) if top_ranks <= per_node else (top_ranks // per_node, per_node)
+        out.append(Submission("teach-top", _size(*wide), (*base, "teach", "--teacher", top)))
+    if specialists:
+        named = tuple(word for name in specialists for word in ("--teacher", name))
+        out.append(Submission("teach-specialists", (*_size(1, 1), f"--array=0-{len(specialists) - 1}"),
+                              (*base, "teach", *named)))
+    teaching = tuple(job.name for job in out)
+    if distill:
+        out.append(Submission("distill", _size(nodes, per_node), (*base, "distill"), teaching))
+    if evaluate:
+        out.append(Submission("evaluate", _size(1, 1), (*base, "evaluate"), ("distill",) if distill else teaching))
+    return out
+
+
+def sbatch(job: Submission, script: Path, extra: list[str], ids: Mapping[str, str]) -> list[str]:
+    """argv of a submission, `ids` being the job ids of those before it; pure."""
+    after = [f"--dependency=afterok:{':'.join(ids[name] for name in job.after)}", "--kill-on-invalid-dep=yes"]
+    return ["sbatch", "--parsable", f"--job-name=pkd-{job.name}", *job.options, *extra, *(after if job.after else []),
+            str(script), *job.words]
+
+
+def shown(argv: list[str]) -> str:
+    """A command as one would type it; what stands in angle brackets is known only when it is run."""
+    return " ".join(word if word.startswith("--dependency=") else shlex.quote(word) for word in argv)
+
+
+def submit(jobs: list[Submission], script: Path, extra: list[str], run: Path, console: Console) -> None:
+    """Submit a chain and write jobs.json. Raises UserError; what was submitted by then is cancelled again."""
+    _refuse_queued(run)
+    ids: dict[str, str] = {}
+    for job in jobs:
+        try:
+            ids[job.name] = ask(*sbatch(job, script, extra, ids)).strip().split(";")[0]
+        except UserError:
+            if ids:
+                ask("scancel", *ids.values())
+            raise
+        console.say(f"submitted {ids[job.name]}: {job.name}"
+                    + (f", after {', '.join(ids[name] for name in job.after)}" if job.after else ""))
+    write_json(run / "jobs.json", ids)
+    console.say(f"pkd status {run} tells where it stands; scancel {' '.join(ids.values())} ends it")
+
+
+def _size(nodes: int, per_node: int) -> tuple[str, ...]:
+    return (f"--nodes={nodes}", f"--ntasks-per-node={per_node}", f"--gpus-per-node={per_node}")
+
+
+def _refuse_queued(run: Path) -> None:
+    jobs = read_json(run / "jobs.json") if (run / "jobs.json").exists() else {}
+    if jobs:
+        asked = subprocess.run(["squeue", "--noheader", "--jobs", ",".join(jobs.values()), "--format", "%A"],
+                               capture_output=True, text=True)
+        alive = sorted(set(asked.stdout.split()))
+        if asked.returncode == 0 and alive:
+            raise UserError(f"jobs {', '.join(alive)} of run folder {run} are still queued or running: wait for them, or "
+                            "scancel them first")
