@@ -37,8 +37,12 @@ class Order:
     def command(self, phase: str) -> list[str]:
         if phase == "evaluate":
             return [sys.executable, "-m", "pkd", *self.arguments(phase)]
-        hostfile = self.run / "ranks" / "hostfile"
-        return command(self.way, self.arguments(phase), self.ranks, slurm_job.with_first_host(os.environ), hostfile)
+        env = slurm_job.with_first_host(os.environ)
+        return command(self.way, self.arguments(phase), self.ranks, env, self.hostfile(phase))
+
+    def hostfile(self, phase: str) -> Path:
+        """For DeepSpeed's launcher; jobs that teach at the same time have one each."""
+        return (self.run / "ranks" / f"hostfile-{self.name(phase)}").resolve()
 
 
 def is_done(order: Order, phase: str) -> bool:

@@ -47,7 +47,7 @@ def run_phase(order: Order, phase: str) -> str:
     run, name = RunFolder(order.run), order.name(phase)
     before = run.state(name)
     if order.way == "srun-deepspeed":
-        slurm_job.write_hostfile(order.run / "ranks" / "hostfile", os.environ)
+        slurm_job.write_hostfile(order.hostfile(phase), os.environ)
     child = subprocess.Popen(order.command(phase), env={**os.environ, **environment(order.way, os.environ)})
     told = False
     while child.poll() is None or (order.way == "deepspeed" and _ranks_alive(order, name)):

@@ -14,7 +14,7 @@ from pkd.files import read_json, write_bytes, write_json
 from pkd.launcher import first_host
 from pkd.standing import progress
 
-TRIES = 4  # starts in a row that fail without a new checkpoint
+TRIES = {"failed": 4, "stopped": 20}  # starts in a row that end so without a new checkpoint
 
 
 def world_size(env: Mapping[str, str]) -> int:
@@ -41,19 +41,18 @@ def write_hostfile(path: Path, env: Mapping[str, str]) -> None:
 
 
 def may_try_again(run: Path, name: str, outcome: str, console: Console) -> bool:
-    """Whether this job is to be queued again: not if it was cancelled, nor if it fails over and over at one place."""
+    """Whether this job is to be queued again: not if it was cancelled, nor if it ends over and over at one place."""
     if _job_state() not in ("RUNNING", "UNKNOWN"):  # it was cancelled, or Slurm itself is at it
         return False
-    if outcome == "stopped":
-        return True
-    path, now = run / "state" / f"{name}.failures.json", progress(run)
+    path, now = run / "state" / f"{name}.tries.json", progress(run)
     before = read_json(path) if path.exists() else {}
-    count = before["count"] + 1 if before.get("progress") == now else 1
-    write_json(path, {"progress": now, "count": count})
-    if count < TRIES:
+    count = before["count"] + 1 if before.get("progress") == now and before["outcome"] == outcome else 1
+    write_json(path, {"progress": now, "outcome": outcome, "count": count})
+    if count < TRIES[outcome]:
         return True
-    console.error(f"pkd: {name} failed {count} times in a row without getting on, so it is not queued again: mend what the "
-                  f"logs in {run / 'logs'} name, then submit the same job")
+    console.error(f"pkd: {name} {'was stopped' if outcome == 'stopped' else 'failed'} {count} times in a row without getting "
+                  f"on, so it is not queued again: mend what the logs in {run / 'logs'} name, or give it a longer --time, "
+                  "then submit the same job")
     return False
 
 

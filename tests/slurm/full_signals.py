@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+from slurm_run import LONG, SlurmRun
 
 TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
 
@@ -32,16 +33,16 @@ def test_a_signal(cluster, disturbed, undisturbed, record, script, target, numbe
     assert same
 
 
-@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm-deepspeed.sbatch", "slurm-het.sbatch"])
-def test_the_time_limit(cluster, disturbed, undisturbed, record, script):
-    """Slurm sends --signal up to a minute early: here within the first seconds, while the ranks import."""
-    options = ("--time=2", "--signal=USR1@90")
-    if script == "slurm-het.sbatch":
-        options = ("--time=2",)  # the script's own 120 s: at once
-    mine = disturbed(*options, script=script, step=0)
-    assert mine.end(400) == "COMPLETED", mine.log
-    same = mine.result() == undisturbed
-    record(f"time limit, {script}", **{
-        "noticed after s": "before the limit", "training goes on after s": "", "steps taken again": 0,
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm-deepspeed.sbatch"])
+def test_the_time_limit(cluster, tiny, taught, tmp_path, record, script):
+    """A run of several limits: Slurm sends --signal, up to a minute early, and the job queues itself again each time."""
+    words = (tiny, f"teachers_from={taught}", "--phases", "distill", *LONG, "distill.epochs=40")
+    whole = SlurmRun(cluster, tmp_path / "whole", "slurm.sbatch", *words).submit()
+    assert whole.end(400) == "COMPLETED", whole.log
+    mine = SlurmRun(cluster, tmp_path / "mine", script, *words).submit("--time=2", "--signal=USR1@75")
+    assert mine.end(800) == "COMPLETED", mine.log
+    same, restarts = mine.result() == whole.result(), cluster.restarts(mine.job)
+    record(f"time limit, {script}: {restarts} times", **{
+        "noticed after s": "before it", "training goes on after s": "", "steps taken again": 0,
         "students identical": "yes" if same else "NO"})
-    assert same and cluster.restarts(mine.job) >= 1
+    assert same and restarts >= 1
