@@ -50,9 +50,9 @@ def may_try_again(run: Path, name: str, outcome: str, console: Console) -> bool:
     write_json(path, {"progress": now, "outcome": outcome, "count": count})
     if count < TRIES[outcome]:
         return True
-    console.error(f"pkd: {name} {'was stopped' if outcome == 'stopped' else 'failed'} {count} times in a row without getting "
-                  f"on, so it is not queued again: mend what the logs in {run / 'logs'} name, or give it a longer --time, "
-                  "then submit the same job")
+    what = "was stopped" if outcome == "stopped" else "failed"
+    console.error(f"pkd: {name} {what} {count} times in a row without getting on, so it is not queued again: mend what the "
+                  f"logs in {run / 'logs'} name, or give it a longer --time, then submit the same job")
     return False
 
 
