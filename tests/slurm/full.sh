@@ -9,7 +9,7 @@ python=.venv/bin/python
 cat > $page << END
 # Faults on a virtual Slurm cluster
 
-Written by \`tests/slurm/full.sh\` on $(date -u +%F): $(nproc) cores, $(scontrol --version), torch $($python -c 'import torch; print(torch.__version__)'), commit
+Written by \`tests/slurm/full.sh\` on $(date -u +%F): $(nproc) cores, $(slurmctld -V), torch $($python -c 'import torch; print(torch.__version__)'), commit
 $(git rev-parse --short HEAD). Four virtual nodes; the job has two of them, two student ranks on the first and two teacher ranks
 on the second; a checkpoint about every second; \`timeouts.step\` 10 s. Slurm's own timers are short (a silent node is given up
 after 6 s, a requeued job may start after 5 s). Seconds count from the fault.
