@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from pkd.confusion import pyramid_of
 from pkd.console import Console
 from pkd.data import DataSet, load_data
 from pkd.errors import UserError
@@ -11,7 +12,6 @@ from pkd.files import read_json, read_lines, write_json
 from pkd.models import Network
 from pkd.network_file import read_network, read_teacher
 from pkd.objective import asked
-from pkd.pyramid import build_pyramid
 from pkd.recipe import Recipe
 from pkd.recipe_file import override, parse_recipe
 from pkd.run_folder import RunFolder
@@ -96,7 +96,7 @@ def merged(a: dict, b: dict) -> dict:
 def _teachers(run: RunFolder, recipe: Recipe, data: DataSet, views: Views, limit: int | None,
               device: torch.device) -> dict:
     """Each teacher that the objective asked, on the test images of its own classes."""
-    pyramid = build_pyramid(recipe.pyramid, data.classes, recipe.seed)
+    pyramid = pyramid_of(recipe, data, run.teachers)
     out = {}
     for index in asked(recipe.objective.kind, pyramid):
         teacher = pyramid.teachers[index]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from pkd.confusion import pyramid_of
 from pkd.console import Console
 from pkd.data import DataSet, load_data
 from pkd.ds_config import check_device, load_ds_config
@@ -14,7 +15,7 @@ from pkd.files import write_json
 from pkd.hardware import Hardware, hardware, to_json
 from pkd.launcher import Launch
 from pkd.models import own_code
-from pkd.pyramid import Pyramid, build_pyramid
+from pkd.pyramid import Pyramid
 from pkd.recipe import Recipe
 from pkd.run_folder import RunFolder
 from pkd.stop import signalled
@@ -52,7 +53,7 @@ class Job:
         self.beat("reading data")
         self.data: DataSet = load_data(self.recipe.data)
         self.beat("data read")
-        self.pyramid: Pyramid = build_pyramid(self.recipe.pyramid, self.data.classes, self.recipe.seed)
+        self.pyramid: Pyramid = pyramid_of(self.recipe, self.data, self.run.teachers, partial=self.phase == "teach")
         if self.data.dropped:
             self.console.say(f"{self.data.dropped} rows with several labels were dropped")
 
@@ -117,7 +118,7 @@ class Job:
         """Leave together with all ranks; "stopped" on any of them is everybody's outcome."""
         self.console.end_progress()
         self.beat("leaving", group="the other ranks' end")
-        stopped = self.world.meet(outcome == "stopped")
+        stopped = self.world.meet("the end", outcome == "stopped")
         if self.world.rank == 0 and stopped:
             self.run.mark(self.name, "stopped")
             self.console.say("stopped by a signal, everything is saved: the same command goes on from here")

@@ -39,8 +39,8 @@ def launch(arguments: argparse.Namespace, console: Console) -> int:
 
 def _submit(arguments: argparse.Namespace, recipe: Recipe, words: list[str], run: Path, phases: tuple[str, ...],
             console: Console) -> int:
-    from pkd.data import load_data
-    from pkd.pyramid import build_pyramid
+    from pkd.confusion import waiting_levels
+    from pkd.pyramid import teacher_names
 
     world = arguments.nodes * arguments.ranks_per_node
     order = Order(recipe, words, run, "slurm", world, phases, None)
@@ -48,14 +48,13 @@ def _submit(arguments: argparse.Namespace, recipe: Recipe, words: list[str], run
     if not script.is_file():
         raise UserError(f"--script {script} is no file: give a copy of launch/slurm.sbatch")
     _check_plan(recipe, world)
-    data = load_data(recipe.data.model_copy(update={"cache_gib": 0.0}))
-    names = [teacher.name for teacher in build_pyramid(recipe.pyramid, data.classes, recipe.seed).teachers]
+    names = teacher_names(recipe.pyramid)
     wanted = [name for name in names if name in (arguments.teacher or names) and "teach" in phases
               and not is_done(Order(recipe, words, run, "slurm", world, phases, name), "teach")]
     top_ranks = min(world, max(1, recipe.teachers.batch // SAMPLES_PER_RANK))
     jobs = slurm_chain.chain(words, run, names[0] if names[0] in wanted else None, [n for n in wanted if n != names[0]],
                        "distill" in phases and not is_done(order, "distill"), "evaluate" in phases, arguments.nodes,
-                       arguments.ranks_per_node, top_ranks)
+                       arguments.ranks_per_node, top_ranks, top_first=bool(waiting_levels(recipe)))
     if not jobs:
         console.say(f"nothing is left to do in {run}")
     elif arguments.dry_run:

@@ -18,7 +18,10 @@ FORWARD_AND_BACKWARD = 3  # a training step costs about three forwards (Kaplan e
 def plan(recipe: Recipe, world: int, console: Console) -> dict:
     """Print and return the placement of a recipe on `world` ranks, with work and weights of each rank."""
     data = load_data(recipe.data)
-    pyramid = build_pyramid(recipe.pyramid, data.classes, recipe.seed)
+    # Who is confused with whom is not known yet, but how many groups there are, and about how large.
+    levels = tuple(level.model_copy(update={"partition": "contiguous"}) if level.partition == "confusion" else level
+                   for level in recipe.pyramid)
+    pyramid = build_pyramid(levels, data.classes, recipe.seed)
     fixed = constants(recipe, pyramid.levels)
     names = asked(recipe.objective.kind, pyramid)
     placement = place(recipe, world, *teacher_costs(recipe, pyramid, data, names, fixed.own))

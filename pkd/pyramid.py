@@ -49,29 +49,50 @@ class Pyramid:
         return {"classes": list(self.classes), "teachers": teachers}
 
 
-def build_pyramid(levels: tuple[Level, ...], classes: tuple[str, ...], seed: int) -> Pyramid:
-    """The pyramid of a recipe over the data set's `classes`. Raises UserError where class lists do not fit."""
-    groups = [_groups(level, number, classes, seed) for number, level in enumerate(levels)]
+def build_pyramid(levels: tuple[Level, ...], classes: tuple[str, ...], seed: int,
+                  found: dict[int, list[list[int]]] | None = None) -> Pyramid:
+    """The pyramid of a recipe over the data set's `classes`. Raises UserError where class lists do not fit.
+
+    found: the groups of levels by confusion, level -> class ids of each teacher. Without them such levels are left out.
+    """
+    known = {number: level for number, level in enumerate(levels) if level.partition != "confusion" or found}
+    groups = {number: (found or {})[number] if level.partition == "confusion" else _groups(level, number, classes, seed)
+              for number, level in known.items()}
     top = set(groups[0][0])
     if len(groups[0]) != 1 or len(top) < len(classes):
         missing = f" and lacks {len(classes) - len(top)} of the {len(classes)} classes" if len(groups[0]) == 1 else ""
         raise UserError(f"pyramid.0 must be one teacher that knows every class, but it has {len(groups[0])} "
                         f"teacher(s){missing}: set teachers: 1 there")
-    for number in range(1, len(groups)):
+    for number in list(groups)[1:]:
         for group in groups[number]:
-            if not any(set(group) < set(above) for upper in groups[:number] for above in upper):
+            if not any(set(group) < set(above) for upper in range(number) for above in groups.get(upper, ())):
                 raise UserError(f"pyramid.{number}: the teacher of classes {_some(group)} knows no fewer classes than "
                                 "every teacher above it: split its classes further")
-    bottom = np.bincount([c for group in groups[-1] for c in group], minlength=len(classes))
-    if bottom.max() > 1:
-        raise UserError(f"pyramid.{len(groups) - 1}: class {classes[bottom.argmax()]!r} belongs to {bottom.max()} "
+    lowest = max(groups)
+    bottom = np.bincount([c for group in groups[lowest] for c in group], minlength=len(classes))
+    if lowest == len(levels) - 1 and bottom.max() > 1:
+        raise UserError(f"pyramid.{lowest}: class {classes[bottom.argmax()]!r} belongs to {bottom.max()} "
                         "teachers, but on the bottom level classes must not overlap")
     teachers = []
-    for number, (level, members) in enumerate(zip(levels, groups)):
+    for number, members in groups.items():
         for index, group in enumerate(members):
             name = f"level{number}" if len(members) == 1 else f"level{number}-{index}"
-            teachers.append(Teacher(name, number, tuple(group), level.model))
+            teachers.append(Teacher(name, number, tuple(group), known[number].model))
     return Pyramid(classes, tuple(teachers))
+
+
+def teacher_names(levels: tuple[Level, ...]) -> list[str]:
+    """Every teacher's name, whether or not its classes are known yet."""
+    counts = [level.teachers or len(level.classes or ()) for level in levels]
+    return [f"level{number}" if count == 1 else f"level{number}-{index}"
+            for number, count in enumerate(counts) for index in range(count)]
+
+
+def check_count(level: Level, number: int, classes: int) -> None:
+    """Raises UserError where a level asks for more teachers than there are pairs of classes."""
+    if level.teachers > 1 and level.teachers * 2 > classes:
+        raise UserError(f"pyramid.{number} asks for {level.teachers} teachers over {classes} classes, but a "
+                        f"teacher needs at least 2 classes: ask for at most {max(1, classes // 2)}")
 
 
 def _groups(level: Level, number: int, classes: tuple[str, ...], seed: int) -> list[list[int]]:
@@ -79,9 +100,7 @@ def _groups(level: Level, number: int, classes: tuple[str, ...], seed: int) -> l
         if not level.classes:
             raise UserError(f"pyramid.{number}.classes is an empty list: give each teacher's classes, or teachers: 1")
         return [_ids(group, number, classes) for group in level.classes]
-    if level.teachers > 1 and level.teachers * 2 > len(classes):
-        raise UserError(f"pyramid.{number} asks for {level.teachers} teachers over {len(classes)} classes, but a "
-                        f"teacher needs at least 2 classes: ask for at most {max(1, len(classes) // 2)}")
+    check_count(level, number, len(classes))
     order = np.arange(len(classes))
     if level.partition == "random":
         order = np.random.default_rng([seed, number]).permutation(order)

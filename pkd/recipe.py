@@ -119,7 +119,9 @@ class Level(Section):
 
     model: ModelField
     teachers: Whole | None = None
-    partition: Literal["contiguous", "random"] = "contiguous"
+    # By confusion: groups of classes that the trained top teacher takes for each other; not for the top itself.
+    partition: Literal["contiguous", "random", "confusion"] = "contiguous"
+    slack: NonNegative = 0.25  # confusion: a group may have so much more or less than its even share of the classes
     classes: tuple[tuple[ClassId | str, ...], ...] | None = None
 
     @model_validator(mode="after")
@@ -210,6 +212,8 @@ class Recipe(Section):
         names = [student.name for student in self.students]
         if len(set(names)) < len(names):
             raise ValueError(f"students' names must differ, found {names}")
+        if self.pyramid[0].partition == "confusion":
+            raise ValueError("pyramid.0 is the top, which knows every class, but its partition is confusion: leave it out")
         objective, levels = self.objective, len(self.pyramid)
         wanted = {"paper": levels, "composed": 1, "top": 1, "alone": 0}[objective.kind]
         if objective.weights is not None and len(objective.weights) != wanted:

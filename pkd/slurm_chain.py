@@ -23,11 +23,11 @@ class Submission:
 
 
 def chain(words: list[str], run: Path, top: str | None, specialists: list[str], distill: bool, evaluate: bool, nodes: int,
-          per_node: int, top_ranks: int) -> list[Submission]:
+          per_node: int, top_ranks: int, top_first: bool) -> list[Submission]:
     """The jobs of what is left of a run; pure.
 
-    The top teacher trains on as many ranks as it can use, the specialists one rank each as one array, both at the same
-    time; then the students on all ranks; then the evaluation on one.
+    The top teacher trains on as many ranks as it can use, the specialists one rank each as one array: both at the same
+    time, unless the top decides the specialists' classes. Then the students on all ranks, then the evaluation on one.
     """
     base, out = (*words, "--run-folder", str(run), "--phases"), []
     if top:
@@ -36,7 +36,7 @@ def chain(words: list[str], run: Path, top: str | None, specialists: list[str], 
     if specialists:
         named = tuple(word for name in specialists for word in ("--teacher", name))
         out.append(Submission("teach-specialists", (*_size(1, 1), f"--array=0-{len(specialists) - 1}"),
-                              (*base, "teach", *named)))
+                              (*base, "teach", *named), ("teach-top",) if top and top_first else ()))
     teaching = tuple(job.name for job in out)
     if distill:
         out.append(Submission("distill", _size(nodes, per_node), (*base, "distill"), teaching))

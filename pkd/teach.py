@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from pkd import checkpoint
 from pkd.ballot import Ballot, Vote
+from pkd.confusion import group_levels, pyramid_of, waiting_levels
 from pkd.cost import forward_flops
 from pkd.data import DataSet
 from pkd.ds_config import load_ds_config
@@ -19,9 +20,9 @@ from pkd.engine import Engine
 from pkd.errors import UserError, nearest
 from pkd.files import read_json, write_json
 from pkd.job import Job
-from pkd.network_file import derived_seed, fresh, teacher_identity, write_network
+from pkd.network_file import derived_seed, fresh, read_teacher, teacher_identity, write_network
 from pkd.placement import SAMPLES_PER_RANK
-from pkd.pyramid import Pyramid, Teacher
+from pkd.pyramid import Pyramid, Teacher, teacher_names
 from pkd.rates import Rates
 from pkd.schedule import Schedule
 from pkd.tensor_file import read_tensors
@@ -34,13 +35,25 @@ def teach(job: Job, limit: int | None) -> str:
     if job.recipe.teachers_from:
         raise UserError(f"teachers_from is {job.recipe.teachers_from}, whose teachers are used as they are: there is "
                         "nothing to teach here, run pkd distill or leave teachers_from out")
-    teachers = _chosen(job.pyramid, job.teacher)
     steps = min(job.recipe.teachers.steps, limit or job.recipe.teachers.steps)
+    if job.world.rank == 0 and not waiting_levels(job.recipe):
+        write_json(job.run.path / "pyramid.json", job.pyramid.to_json())
+    outcome, taught = "finished", set()
+    while outcome == "finished":
+        teachers = [teacher for teacher in _chosen(job) if teacher.name not in taught]
+        outcome = _teach(job, teachers, steps, f"round {len(taught)}")
+        taught.update(teacher.name for teacher in teachers)
+        if outcome == "stopped" or len(job.pyramid.teachers) == len(teacher_names(job.recipe.pyramid)):
+            break
+        job.pyramid = _group_the_rest(job)
+    return outcome
+
+
+def _teach(job: Job, teachers: list[Teacher], steps: int, name: str) -> str:
+    """Train these, as far as they are not there yet; all ranks leave together, with one outcome."""
     for teacher in teachers:
         _samples(job, teacher)  # too few is known before anything is trained
-    names = job.world.first("teachers to do", lambda: [t.name for t in teachers if _done_steps(job, t) < steps])
-    if job.world.rank == 0:
-        write_json(job.run.path / "pyramid.json", job.pyramid.to_json())
+    names = job.world.first(f"{name}: to do", lambda: [t.name for t in teachers if _done_steps(job, t) < steps])
     outcome = "finished"
     for teacher, ranks in assign([t for t in teachers if t.name in names], _costs(job), job.world.size,
                                  job.recipe.teachers.batch):
@@ -49,7 +62,18 @@ def teach(job: Job, limit: int | None) -> str:
             job.world.join_island(f"teach {teacher.name}", ranks)
             outcome = Lesson(job, teacher, ranks, bridge, steps).run()
             job.world.leave_island()
-    return outcome
+    job.beat("taught", group="the other ranks' teachers")
+    return "stopped" if job.world.meet(name, outcome == "stopped") else "finished"
+
+
+def _group_the_rest(job: Job) -> Pyramid:
+    """The whole pyramid, once the top teacher is there to be confused; rank 0 looks, all ranks hear."""
+    def decide():
+        top = read_teacher(job.run.teachers, job.recipe, job.pyramid.teachers[0], job.data, complete=False)[0]
+        group_levels(job.recipe, job.data, job.run.teachers, top, job.world.device)
+    job.beat("grouping classes by confusion")
+    job.world.first("groups by confusion", decide)
+    return pyramid_of(job.recipe, job.data, job.run.teachers)
 
 
 def assign(teachers: list[Teacher], costs: dict[str, float], world: int, batch: int) -> list[tuple[Teacher, list[int]]]:
@@ -207,11 +231,16 @@ class Lesson:
         return teacher_identity(self.job.recipe, self.teacher, self.data)
 
 
-def _chosen(pyramid: Pyramid, only: str | None) -> list[Teacher]:
-    names = [teacher.name for teacher in pyramid.teachers]
-    if only is not None and only not in names:
-        raise UserError(f"teacher {only} was asked for, but the pyramid has {', '.join(names)}{nearest(only, names)}")
-    return [teacher for teacher in pyramid.teachers if only in (None, teacher.name)]
+def _chosen(job: Job) -> list[Teacher]:
+    """The teachers to train, as far as their classes are known."""
+    every, only = teacher_names(job.recipe.pyramid), job.teacher
+    if only is not None and only not in every:
+        raise UserError(f"teacher {only} was asked for, but the pyramid has {', '.join(every)}{nearest(only, every)}")
+    chosen = [teacher for teacher in job.pyramid.teachers if only in (None, teacher.name)]
+    if not chosen:
+        raise UserError(f"teacher {only} gets its classes by the top teacher's confusion, which is not trained yet: run pkd "
+                        "teach with --teacher level0 first, or without --teacher")
+    return chosen
 
 
 def _of_classes(data: DataSet, split: str, teacher: Teacher):

@@ -105,13 +105,13 @@ class World:
             return None
         return [mine] + [json.loads(self.store.get(f"gather/{name}/{rank}")) for rank in range(1, self.size)]
 
-    def meet(self, stopped: bool) -> bool:
-        """Wait until every rank has called this, at the end; whether any of them was stopped."""
-        self.store.add("stopped", int(stopped))
-        self.store.add("here", 1)
-        while self.store.add("here", 0) < self.size:
+    def meet(self, name: str, stopped: bool) -> bool:
+        """Wait, however long, until every rank has called this with `name`; whether any of them was stopped."""
+        self.store.add(f"stopped/{name}", int(stopped))
+        self.store.add(f"here/{name}", 1)
+        while self.store.add(f"here/{name}", 0) < self.size:
             time.sleep(0.02)
-        return self.store.add("stopped", 0) > 0
+        return self.store.add(f"stopped/{name}", 0) > 0
 
     def close(self) -> None:
         """Drop all groups, after all ranks met; the store's server leaves last.
