@@ -44,6 +44,14 @@ def taught(tiny, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def finished(tiny, taught, tmp_path_factory) -> Path:
+    """A run on two ranks, teachers apart, that nothing disturbed; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(2, "distill", tiny, "--run-folder", folder, f"teachers_from={taught}")
+    return folder
+
+
 @pytest.fixture
 def new_run(taught, tmp_path):
     """new_run(name) -> (folder, override): a run folder of that name that uses the trained teachers."""

@@ -1,31 +1,20 @@
 """The commands, from teaching to prediction, and every way of starting them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ranks import REPOSITORY, clean_environment, free_port, refused, run, students, trace
+from ranks import REPOSITORY, free_port, refused, run, students, trace
 
-BIN = Path(sys.executable).parent
 LINE = {"epoch", "step", "train", "validation", "ensemble", "learning_rate", "images_per_second", "seconds",
         "wait_seconds", "peak_memory_bytes"}
 SUMMARY = {"recipe", "identity", "seed", "world_size", "placement", "complete", "teachers", "students", "ensemble",
            "test_images", "test_readings", "images_per_second", "wall_seconds"}
 NETWORK = {"architecture", "library", "arguments", "width", "classes", "channels", "view_size", "input_channels",
            "input_size", "mean", "std", "parameters", "sha256", "name", "validation"}
-
-
-@pytest.fixture(scope="module")
-def finished(tiny, taught, tmp_path_factory) -> Path:
-    """A run on two ranks, teachers apart."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    run(2, "distill", tiny, "--run-folder", folder, f"teachers_from={taught}")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -138,22 +127,13 @@ def test_plan_prints_what_would_run_and_starts_nothing(tiny, tmp_path):
     assert "at least 2 ranks" in refused(1, "plan", tiny, "placement.kind=dedicated")
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "srun"])
-def test_every_launcher_gives_the_same_students(tiny, new_run, finished, launcher):
+def test_the_environment_of_srun_is_enough_to_start(tiny, new_run, finished):
+    """tests/slurm has the real daemons, test_launch.py the other launchers."""
     folder, teachers_from = new_run("run")
-    command = ["distill", str(tiny), "--run-folder", str(folder), teachers_from]
-    if launcher == "srun":  # its environment; real Slurm daemons are another test's matter
-        job = str(free_port())  # another job, another port
-        run(2, *command, env=lambda rank: {
-            "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": str(rank), "SLURM_JOB_ID": job,
-            "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost"}, launcher=False)
-    else:
-        start = {"torchrun": ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "pkd"],
-                 "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--module", "pkd"]}
-        environment = {**clean_environment(), "PATH": f"{BIN}:{clean_environment()['PATH']}"}
-        done = subprocess.run([BIN / start[launcher][0], *start[launcher][1:], *command], cwd=REPOSITORY, timeout=120,
-                              env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+    job = str(free_port())  # another job, another port
+    run(2, "distill", tiny, "--run-folder", folder, teachers_from, launcher=False, env=lambda rank: {
+        "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": str(rank), "SLURM_JOB_ID": job,
+        "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost"})
     assert students(folder) == students(finished) and trace(folder) == trace(finished)
 
 

@@ -38,19 +38,12 @@ def state(folder: Path) -> str:
     return json.loads((folder / "state" / "distill.json").read_text())["state"]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tiny, taught, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    run(2, "distill", tiny, "--run-folder", folder, f"teachers_from={taught}")
-    return folder
-
-
-def test_all_phases_run_once_and_a_second_call_finds_nothing_to_do(tiny, taught, undisturbed, tmp_path):
+def test_all_phases_run_once_and_a_second_call_finds_nothing_to_do(tiny, taught, finished, tmp_path):
     folder = tmp_path / "run"
     code, out = ended(start("torchrun", tiny, "--run-folder", folder))
     assert code == 0, out
     assert "ensemble of students" in out and json.loads((folder / "summary.json").read_text())["complete"]
-    assert students(folder) == students(undisturbed) and trace(folder) == trace(undisturbed)
+    assert students(folder) == students(finished) and trace(folder) == trace(finished)
     assert (folder / "teachers" / "level1-0.safetensors").read_bytes() == \
         (taught / "teachers" / "level1-0.safetensors").read_bytes()
     again = run(1, "launch", tiny, "--run-folder", folder, "--on", "torchrun", "--ranks-per-node", 2)[0].out
@@ -64,7 +57,7 @@ def test_all_phases_run_once_and_a_second_call_finds_nothing_to_do(tiny, taught,
     ("torchrun", "script", signal.SIGTERM), ("torchrun", "launcher", signal.SIGUSR1),
     ("torchrun", "rank", signal.SIGUSR1), ("deepspeed", "script", signal.SIGUSR1),
     ("deepspeed", "launcher", signal.SIGTERM), ("deepspeed", "rank", signal.SIGTERM)])
-def test_a_signal_to_script_launcher_or_rank_stops_all_ranks_together_and_saved(tiny, new_run, undisturbed, way, target,
+def test_a_signal_to_script_launcher_or_rank_stops_all_ranks_together_and_saved(tiny, new_run, finished, way, target,
                                                                                 number):
     folder, teachers_from = new_run("run")
     words = (tiny, teachers_from, "--run-folder", folder, "--phases", "distill")
@@ -78,12 +71,12 @@ def test_a_signal_to_script_launcher_or_rank_stops_all_ranks_together_and_saved(
     os.kill(victim, number)
     code, out = ended(process, END)
     assert code == 0 and state(folder) == "stopped", out
-    assert len(trace(folder)) < len(trace(undisturbed)) and not (folder / "students").exists()
+    assert len(trace(folder)) < len(trace(finished)) and not (folder / "students").exists()
     assert "next is distill" in run(1, "status", folder)[0].out
     assert "not finished (distill: stopped)" in refused(1, "evaluate", folder)
-    if target == "launcher":  # once a way: what a resumed run becomes
+    if target == "rank":  # once a way: what a resumed run becomes
         code, out = ended(start(way, *words))
-        assert code == 0 and students(folder) == students(undisturbed) and trace(folder) == trace(undisturbed), out
+        assert code == 0 and students(folder) == students(finished) and trace(folder) == trace(finished), out
 
 
 @pytest.mark.parametrize(("way", "delay"), [("torchrun", 0.1), ("deepspeed", 1.5), ("torchrun", 3.0)])
@@ -97,7 +90,7 @@ def test_a_signal_in_the_first_seconds_stops_as_well(tiny, new_run, way, delay):
     assert not (folder / "checkpoints").exists() or state(folder) == "stopped"
 
 
-def test_mistakes_end_a_launch_with_code_2_before_any_rank_starts(tiny, new_run, undisturbed):
+def test_mistakes_end_a_launch_with_code_2_before_any_rank_starts(tiny, new_run, finished):
     folder, teachers_from = new_run("run")
     words = ("launch", tiny, teachers_from, "--run-folder", folder, "--on", "torchrun")
     assert "you asked for 9" in refused(1, *words, "--ranks-per-node", 9, "placement.kind=co-located")
@@ -107,7 +100,7 @@ def test_mistakes_end_a_launch_with_code_2_before_any_rank_starts(tiny, new_run,
     assert "job array" in refused(1, *words, "--teacher", "level0", "--teacher", "level1-0")
     assert "SLURM_JOB_ID" in refused(1, *words[:-1], "srun")
     assert not folder.exists()
-    words = ("launch", tiny, teachers_from, "--run-folder", undisturbed, "--on", "torchrun", "students.0.lr=1")
+    words = ("launch", tiny, teachers_from, "--run-folder", finished, "--on", "torchrun", "students.0.lr=1")
     assert "belongs to another recipe" in refused(1, *words)
 
 
