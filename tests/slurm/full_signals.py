@@ -46,3 +46,16 @@ def test_the_time_limit(cluster, tiny, taught, tmp_path, record, script):
         "noticed after s": "before it", "training goes on after s": "", "steps taken again": 0,
         "students identical": "yes" if same else "NO"})
     assert same and restarts >= 1
+
+
+def test_a_heterogeneous_job(disturbed, undisturbed, record):
+    """All components are queued again together."""
+    mine = disturbed(script="slurm-het.sbatch")
+    os.kill(mine.pid(1), USR1)
+    recovery = mine.recovery()
+    assert mine.end() == "COMPLETED", mine.log
+    same = mine.result() == undisturbed
+    record("SIGUSR1 to one rank, slurm-het.sbatch", **{
+        "noticed after s": f"{recovery.noticed:.1f}", "training goes on after s": f"{recovery.going_on:.1f}",
+        "steps taken again": recovery.steps_lost, "students identical": "yes" if same else "NO"})
+    assert same
