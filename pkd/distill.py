@@ -35,8 +35,9 @@ def teach_along(setup: Setup, epoch: int, first: int) -> str:
         setup.compare_views(epoch)
         ballot.open(first, last)
         for step in range(first, last):
+            job.beat(f"epoch {epoch}", step)
             exchange.fill(epoch, step)  # may run ahead of the students; only sending needs their consent
-            job.beat(f"epoch {epoch}", step, "the ballot of all ranks")
+            job.watchdog.waits("the ballot of all ranks")
             if not ballot.permit(step):
                 break
             ballot.cast(step, Vote(stop=job.stop_wanted()))
@@ -91,17 +92,20 @@ class Distillation:
             exchange.fill(epoch, step)
             exchange.send(step)
         for step in range(first, last):
-            job.beat(f"epoch {epoch}", step, "soft targets or the ballot")
+            job.beat(f"epoch {epoch}", step, "the ballot of all ranks")
             if not ballot.permit(step):
                 break
             ballot.cast(step, Vote(job.stop_wanted(), self.progress.save_is_due(), self.broken))
             ahead = step + window
             if ahead < last and ballot.permit(ahead):
+                job.watchdog.works()
                 exchange.fill(epoch, ahead)
                 exchange.send(ahead)
+            job.watchdog.waits("soft targets")
             waited = time.perf_counter()
             routes, flat = exchange.take(step)
             sums.wait += time.perf_counter() - waited
+            job.watchdog.works()
             self.train_step(epoch, step, routes, flat)
             self.progress.step = step + 1
             sums.seconds += time.perf_counter() - began

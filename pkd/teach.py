@@ -140,6 +140,7 @@ class Lesson:
                 break
             due = self.leader and time.monotonic() - self.saved > 60 * job.recipe.checkpoint_minutes
             ballot.cast(step, Vote(job.stop_wanted(), due, self.broken))
+            job.watchdog.works()
             self._train_step(step, mine)
             self.step = step + 1
             if ballot.after(step).save:

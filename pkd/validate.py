@@ -37,6 +37,7 @@ def validate(networks: list[torch.nn.Module], views: Views, ids: np.ndarray, lab
     sums = torch.zeros(2, len(networks) + 1, dtype=torch.float64)
     with torch.inference_mode():
         for start in range(mine.start, mine.stop, ROWS):
+            beat(None)
             rows = slice(start, min(start + ROWS, mine.stop))
             images = views.plain(torch.from_numpy(ids[rows])).to(device)
             truth = labels[rows].to(device)

@@ -38,6 +38,10 @@ class Watchdog(threading.Thread):
         """Progress as well: this rank has done its part and is about to wait for the others of a group."""
         self.group, self.count = group, self.count + 1
 
+    def works(self) -> None:
+        """Progress as well: what this rank waited for has come, and it is the others who wait for it from now on."""
+        self.waits(OWN_WORK)
+
     def steady(self, limit: float) -> None:
         """The start is over: another limit holds from now on, which the others hear of at once."""
         if self.limit != limit:

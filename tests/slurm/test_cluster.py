@@ -57,7 +57,8 @@ def test_a_job_goes_on_elsewhere_when_its_node_dies(cluster, tmp_path):
     before, started = cluster.hosts(job), cluster.start_time(job)
     assert until(lambda: all(cluster.pids(name, "sleep 1234") for name in before), 10)
     cluster.stop_node(before[1])
-    assert "T (stopped)" in Path(f"/proc/{cluster.pids(before[1], 'sleep 1234')[0]}/status").read_text()
+    sleeper = Path(f"/proc/{cluster.pids(before[1], 'sleep 1234')[0]}/status")
+    assert until(lambda: "T (stopped)" in sleeper.read_text(), 5)
     cluster.cont_node(before[1])
     cluster.kill_node(before[1])
     assert cluster.pids(before[1]) == []
