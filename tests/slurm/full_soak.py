@@ -38,8 +38,8 @@ def test_nothing_is_lost_by_random_faults(cluster, tiny, taught, tmp_path, recor
             recovery = mine.recovery(240)
         finally:
             if not kind.startswith("SIG") and kind != "requeue":
-                # Back only now, when Slurm has noticed. What ran on an unplugged node must be gone by then: Slurm would hold a
-                # job that it starts where an earlier start of the same job still lives ("Duplicate jobid"), until it is released.
+                # Back only now, when Slurm has noticed. What ran on an unplugged node must be gone by then: a job that Slurm
+                # starts where an earlier start of it still lives ("Duplicate jobid") is held until somebody releases it.
                 if kind == "unplug":
                     cluster.kill_node(hosts[victim // 2])
                 cluster.start_node(hosts[victim // 2])
