@@ -18,6 +18,7 @@ from pkd.ways import WAYS
 COMMANDS = {
     "plan": "print who would be where; starts nothing",
     "teach": "train the pyramid's teachers",
+    "archive": "write the teachers' soft targets down, where views repeat",
     "distill": "train the students from the teachers",
     "evaluate": "read the test split and write summary.json",
     "export": "write students as safetensors and JSON",
@@ -26,7 +27,8 @@ COMMANDS = {
     "status": "tell where a run stands",
     "fetch": "bring the data and the pretrained weights of a recipe, where there is a network",
 }
-WITH_RECIPE = ("plan", "teach", "distill", "launch", "fetch")
+ON_EVERY_RANK = ("teach", "archive", "distill")
+WITH_RECIPE = ("plan", "teach", "archive", "distill", "launch", "fetch")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
             own.add_argument("run", type=Path, help="the run folder")
         if name in (*WITH_RECIPE, "evaluate"):
             own.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
-        if name in ("teach", "distill", "launch"):
+        if name in (*ON_EVERY_RANK, "launch"):
             own.add_argument("--run-folder", type=Path, help="run folder (default: runs/<name of the recipe>)")
         if name in ("teach", "distill"):
             own.add_argument("--steps", type=_positive, help="end after so many optimizer steps: a smoke run")
@@ -64,7 +66,8 @@ def parser() -> argparse.ArgumentParser:
             own.add_argument("--ranks-per-node", type=_positive, default=1, help="processes a machine, one a GPU")
             own.add_argument("--nodes", type=_positive, default=1, help="machines; slurm only")
             own.add_argument("--dry-run", action="store_true", help="print the commands and scripts, start nothing")
-            own.add_argument("--phases", default="teach,distill,evaluate", help="some of them, with commas")
+            own.add_argument("--phases", help="some of teach,archive,distill,evaluate, with commas (default: all, archive "
+                             "only where the recipe's soft_targets is archive)")
             own.add_argument("--teacher", action="append", metavar="NAME",
                              help="teach this one only; of several, a job array's element takes the one of its index")
             own.add_argument("--script", type=Path, help="slurm: your own copy of launch/slurm.sbatch")
@@ -94,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"pkd: {error}", file=sys.stderr)
         return 2
-    if arguments.command in ("teach", "distill"):
+    if arguments.command in ON_EVERY_RANK:
         return train(arguments, launch)
     console = Console()
     try:
@@ -148,8 +151,8 @@ def single(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def train(arguments: argparse.Namespace, launch: Launch) -> int:
-    """`teach` or `distill` on one rank of many. Ends the process itself after a failure: other ranks may be gone, and
-    the interpreter's own clean-up would wait for them or abort.
+    """`teach`, `archive` or `distill` on one rank of many. Ends the process itself after a failure: other ranks may be
+    gone, and the interpreter's own clean-up would wait for them or abort.
     """
     console = Console(quiet=launch.rank != 0, capture=True)
     job = None
@@ -166,6 +169,10 @@ def train(arguments: argparse.Namespace, launch: Launch) -> int:
             from pkd.teach import teach
 
             outcome = teach(job, arguments.steps)
+        elif arguments.command == "archive":
+            from pkd.archive import archive
+
+            outcome = archive(job)
         elif job.finished_before():
             outcome = "finished before"
         else:

@@ -1,8 +1,13 @@
 """Everything that both loops of a distillation share, made in the same order on every rank."""
 
+from pathlib import Path
+
 import torch
 
 from pkd import checkpoint
+from pkd.archive_layout import Layout
+from pkd.archive_reader import ArchiveReader
+from pkd.archive_record import made_of, open_archive
 from pkd.ballot import Ballot
 from pkd.cost import teacher_costs
 from pkd.ds_config import load_ds_config
@@ -12,11 +17,12 @@ from pkd.files import read_json, write_json
 from pkd.hardware import memory_per_rank, nodes
 from pkd.job import Job
 from pkd.models import Network
-from pkd.network_file import fresh, read_teacher
+from pkd.network_file import fresh, read_teacher, teacher_hash
 from pkd.objective import asked, constants
-from pkd.placement import Placement, Ranks, place
+from pkd.placement import Placement, Ranks, describe, place, without_teachers
 from pkd.recipe_file import digest
-from pkd.schedule import Router, Schedule
+from pkd.row_format import row_formats
+from pkd.schedule import Router, Schedule, split
 from pkd.targets import Unpacker
 from pkd.teacher import TeacherHost
 from pkd.views import Views
@@ -40,17 +46,15 @@ class Setup:
         self.epochs = recipe.distill.epochs if steps is None else self._epochs_of(steps)
         self.constants = constants(recipe, job.pyramid.levels)
         self.asked = asked(recipe.objective.kind, job.pyramid)
+        self.formats = row_formats(recipe.archive, job.pyramid, self.asked, self.constants)
+        self.teacher_hashes = self._check_teachers()
+        self.archive, self.soft_targets = self._open_archive()
         self.placement = self._place()
         self.role = self.placement.role(world.rank)
         job.watchdog.role = self.role
-        names = [teacher.name for teacher in job.pyramid.teachers]
-        sources = [[names.index(name) for name in source.teachers] for source in self.placement.sources]
-        router = Router(job.pyramid, sources, self.constants.own)
         self.unpacker = Unpacker(job.pyramid, self.asked)
-        self.teacher_hashes = self._check_teachers(names)
         self.ballot = Ballot(world.bridge("ballot", list(range(world.size))), recipe.window, recipe.ballot_every)
-        self.exchange = Exchange(world, self.placement, self.schedule, router, self.labels.numpy(), recipe.window,
-                                 self._host(sources))
+        self.exchange = self._reader() if self.archive else self._exchange()
         if self.role == "student":
             world.join_island("students", list(range(self.placement.student_ranks)))
         job.beat("placed")
@@ -120,29 +124,65 @@ class Setup:
             ranks = self.job.hardware
             known = Ranks(memory_per_rank(ranks), nodes(ranks))
             wish = digest([recipe.placement.model_dump(mode="json"), recipe.distill.batch, known.nodes,
-                           [rank.device for rank in ranks]])
+                           [rank.device for rank in ranks], self.archive is not None])
             if path.exists():
                 before = read_json(path)
                 if before.get("wish") == wish and before.get("placement", {}).get("world") == world.size:
                     return before["placement"]
-            costs, sizes = teacher_costs(recipe, self.job.pyramid, self.data, self.asked, self.constants.own)
-            placement = place(recipe, world.size, costs, sizes, known).to_json()
+            if self.archive:
+                placement = place(without_teachers(recipe), world.size, {}, {}, known).to_json()
+            else:
+                costs, sizes = teacher_costs(recipe, self.job.pyramid, self.data, self.asked, self.constants.own)
+                placement = place(recipe, world.size, costs, sizes, known).to_json()
             write_json(path, {"wish": wish, "placement": placement})
             return placement
         placement = Placement.from_json(world.first("placement", decide))
         self.job.console.say(describe(placement))
         return placement
 
-    def _check_teachers(self, names: list[str]) -> dict[str, str]:
+    def _check_teachers(self) -> dict[str, str]:
         """sha256 of every asked teacher's weights, checked by rank 0 before anything is trained."""
         teachers = [self.job.pyramid.teachers[index] for index in self.asked]
 
         def decide():
-            return {t.name: self._read_teacher(t)[1]["sha256"] for t in teachers}
+            if self.job.recipe.soft_targets == "online":
+                return {t.name: self._read_teacher(t)[1]["sha256"] for t in teachers}
+            return {t.name: teacher_hash(*self._asked_for(t)) for t in teachers}  # without making networks
         return self.job.world.first("teachers", decide)
 
     def _read_teacher(self, teacher):
-        return read_teacher(self.job.run.teachers, self.job.recipe, teacher, self.data, complete=self.limit is None)
+        return read_teacher(*self._asked_for(teacher))
+
+    def _asked_for(self, teacher) -> tuple:
+        return self.job.run.teachers, self.job.recipe, teacher, self.data, self.limit is None
+
+    def _open_archive(self) -> tuple[Path | None, dict]:
+        """The archive to read, if any, and where soft targets come from, for students.json."""
+        recipe, job = self.job.recipe, self.job
+        if recipe.soft_targets == "online" or not self.asked:
+            return None, {"from": "teachers"}
+        views = min(recipe.views.different or 0, recipe.distill.epochs)
+        self.layout = Layout(job.pyramid, self.schedule.samples, self.labels.numpy(), self.formats, self.constants.own,
+                             views)
+        key = made_of(job, self.teacher_hashes, self.constants)
+        folder = open_archive(job, key, self.layout, self.views)
+        if folder is None:
+            return None, {"from": "teachers"}
+        return folder, {"from": "archive", "folder": str(folder), "made_of": digest(key)}
+
+    def _reader(self) -> ArchiveReader:
+        world, recipe = self.job.world, self.job.recipe
+        mine = split(recipe.distill.batch, world.size)[world.rank]
+        router = Router(self.job.pyramid, [self.asked], self.constants.own)
+        return ArchiveReader(self.archive, self.layout, self.schedule, router, self.labels.numpy(), mine, recipe.window,
+                             world.device.type == "cuda")
+
+    def _exchange(self) -> Exchange:
+        names = [teacher.name for teacher in self.job.pyramid.teachers]
+        sources = [[names.index(name) for name in source.teachers] for source in self.placement.sources]
+        router = Router(self.job.pyramid, sources, self.constants.own)
+        return Exchange(self.job.world, self.placement, self.schedule, router, self.labels.numpy(), self.job.recipe.window,
+                        self._host(sources))
 
     def _host(self, sources: list[list[int]]) -> TeacherHost | None:
         ranks = [source.rank for source in self.placement.sources]
@@ -151,15 +191,4 @@ class Setup:
         index = ranks.index(self.job.world.rank)
         networks = {i: self._read_teacher(self.job.pyramid.teachers[i])[0] for i in sources[index]}
         bf16 = self.job.recipe.teachers.forward == "bf16"
-        return TeacherHost(index, networks, self.views, self.job.world.device, bf16)
-
-
-def describe(placement: Placement) -> str:
-    """The rank map as a person reads it."""
-    students = f"ranks 0-{placement.student_ranks - 1}" if placement.student_ranks > 1 else "rank 0"
-    lines = [f"{placement.kind}: students on {students} of {placement.world}"]
-    several = len(set(placement.nodes)) > 1
-    for source in placement.sources:
-        where = f" (node {placement.nodes[source.rank]})" if several else ""
-        lines.append(f"  rank {source.rank}{where}: {', '.join(source.teachers)}")
-    return "\n".join(lines)
+        return TeacherHost(index, networks, self.views, self.job.world.device, bf16, self.formats)

@@ -1,4 +1,4 @@
-"""What both training phases need around them: signals, the watchdog, the run folder, the data, this rank's console."""
+"""What the phases of many ranks need around them: signals, the watchdog, the run folder, the data, this rank's console."""
 
 import os
 import time
@@ -24,7 +24,7 @@ from pkd.world import World
 
 
 class Job:
-    """One rank of `teach` or `distill`, from its start to its end."""
+    """One rank of `teach`, `archive` or `distill`, from its start to its end."""
 
     def __init__(self, recipe: Recipe, path: Path, phase: str, launch: Launch, console: Console,
                  teacher: str | None = None):
@@ -122,7 +122,7 @@ class Job:
         if self.world.rank == 0 and stopped:
             self.run.mark(self.name, "stopped")
             self.console.say("stopped by a signal, everything is saved: the same command goes on from here")
-        elif self.world.rank == 0 and self.phase == "teach":
+        elif self.world.rank == 0 and self.phase in ("teach", "archive"):
             self.run.mark(self.name, "finished")
         elif self.world.rank == 0 and outcome == "finished before":
             self.run.mark(self.name, "finished", complete=True)

@@ -15,13 +15,13 @@ from pkd.recipe_file import load_recipe
 from pkd.run_folder import RunFolder
 from pkd.shipped import shipped_file
 
-PHASES = ("teach", "distill", "evaluate")
+PHASES = ("teach", "archive", "distill", "evaluate")
 
 
 def launch(arguments: argparse.Namespace, console: Console) -> int:
     """The exit code of `pkd launch`. Raises UserError."""
-    phases, way = _phases(arguments.phases), arguments.on
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    phases, way = _phases(arguments.phases, recipe), arguments.on
     run = arguments.run_folder or Path("runs") / recipe.name
     RunFolder(run).check(recipe)
     words = [arguments.recipe, *arguments.overrides]
@@ -53,8 +53,9 @@ def _submit(arguments: argparse.Namespace, recipe: Recipe, words: list[str], run
               and not is_done(Order(recipe, words, run, "slurm", world, phases, name), "teach")]
     top_ranks = min(world, max(1, recipe.teachers.batch // SAMPLES_PER_RANK))
     jobs = slurm_chain.chain(words, run, names[0] if names[0] in wanted else None, [n for n in wanted if n != names[0]],
-                       "distill" in phases and not is_done(order, "distill"), "evaluate" in phases, arguments.nodes,
-                       arguments.ranks_per_node, top_ranks, top_first=bool(waiting_levels(recipe)))
+                             [phase for phase in ("archive", "distill") if phase in phases and not is_done(order, phase)],
+                             "evaluate" in phases, arguments.nodes, arguments.ranks_per_node, top_ranks,
+                             top_first=bool(waiting_levels(recipe)))
     if not jobs:
         console.say(f"nothing is left to do in {run}")
     elif arguments.dry_run:
@@ -67,10 +68,16 @@ def _submit(arguments: argparse.Namespace, recipe: Recipe, words: list[str], run
     return 0
 
 
-def _phases(text: str) -> tuple[str, ...]:
+def _phases(text: str | None, recipe: Recipe) -> tuple[str, ...]:
+    """Those asked for, in their order; archive is among them by default if the recipe reads one."""
+    if text is None:
+        return tuple(phase for phase in PHASES if phase != "archive" or recipe.soft_targets == "archive")
     phases = tuple(text.split(","))
-    if not phases or any(phase not in PHASES for phase in phases):
+    if any(phase not in PHASES for phase in phases):
         raise UserError(f"--phases is {text}, but the phases are {', '.join(PHASES)}: name some of them with commas")
+    if "archive" in phases and "distill" in phases and recipe.soft_targets == "online":
+        raise UserError(f"--phases is {text}, but soft_targets is online, so that nobody would read the archive: set "
+                        "soft_targets=archive, or take archive out")
     return phases
 
 

@@ -31,7 +31,8 @@ def derived_seed(seed: int, *parts) -> int:
 def teacher_identity(recipe: Recipe, teacher: Teacher, data: DataSet) -> str:
     """Hash of all that decides a teacher's weights."""
     whole = identity(recipe)
-    return digest({"seed": recipe.seed, "data": whole["data"], "views": whole["views"], "teachers": whole["teachers"],
+    views = {key: value for key, value in whole["views"].items() if key != "finite"}  # which is the students' limit
+    return digest({"seed": recipe.seed, "data": whole["data"], "views": views, "teachers": whole["teachers"],
                    "dtype": whole["dtypes"]["teachers"], "fingerprint": data.fingerprint,
                    "model": part(teacher.model, free=False), "classes": list(teacher.classes)})
 
@@ -81,10 +82,31 @@ def read_teacher(folder: Path, recipe: Recipe, teacher: Teacher, data: DataSet, 
 
     complete: refuse a teacher whose training was cut short by --steps.
     """
+    path = _trained(folder, teacher)
+    network, facts = read_network(path)
+    _check_teacher(facts, folder, recipe, teacher, data, complete)
+    return network, facts
+
+
+def teacher_hash(folder: Path, recipe: Recipe, teacher: Teacher, data: DataSet, complete: bool) -> str:
+    """sha256 of a trained teacher's weights, with the checks of read_teacher, but without making the network."""
+    path = _trained(folder, teacher)
+    facts, weights = read_json(path.with_name(path.name + ".json")), path.with_name(path.name + ".safetensors")
+    _check_teacher(facts, folder, recipe, teacher, data, complete)
+    if not weights.exists() or sha256(weights) != facts.get("sha256"):
+        raise UserError(f"{weights} is missing or not the file that {path.name}.json was written for (another sha256): "
+                        "restore it or train it again")
+    return facts["sha256"]
+
+
+def _trained(folder: Path, teacher: Teacher) -> Path:
     path = folder / teacher.name
     if not path.with_name(path.name + ".json").exists():
         raise UserError(f"teacher {teacher.name} is not in {folder}: run pkd teach first")
-    network, facts = read_network(path)
+    return path
+
+
+def _check_teacher(facts: dict, folder: Path, recipe: Recipe, teacher: Teacher, data: DataSet, complete: bool) -> None:
     if facts.get("class_ids") != list(teacher.classes):
         raise UserError(f"teacher {teacher.name} in {folder} knows classes {_few(facts.get('class_ids'))}, but the "
                         f"pyramid gives it {_few(list(teacher.classes))}: run pkd teach again in another --run-folder")
@@ -94,7 +116,6 @@ def read_teacher(folder: Path, recipe: Recipe, teacher: Teacher, data: DataSet, 
     if complete and facts["steps"] < recipe.teachers.steps:
         raise UserError(f"teacher {teacher.name} in {folder} was trained for {facts['steps']} of "
                         f"{recipe.teachers.steps} steps: run pkd teach to finish it, or pass --steps for a smoke run")
-    return network, facts
 
 
 def _few(ids: list | None) -> str:

@@ -53,6 +53,8 @@ def is_done(order: Order, phase: str) -> bool:
     if phase == "teach":
         wanted = [order.teacher] if order.teacher else list(found.teachers)
         return bool(order.recipe.teachers_from) or (bool(wanted) and all(found.teachers.get(n) == "done" for n in wanted))
+    if phase == "archive":
+        return found.archive == "done"
     if phase == "distill":
         return found.distill == "finished" and RunFolder(order.run).state("distill").get("complete", False)
     return found.evaluated

@@ -80,6 +80,22 @@ def place(recipe: Recipe, world: int, costs: dict[str, float], sizes: dict[str, 
     return Placement(kind, world, students, accumulation, sources, known.nodes)
 
 
+def without_teachers(recipe: Recipe) -> Recipe:
+    """The recipe to place where soft targets come from an archive: no teacher has replicas."""
+    return recipe.model_copy(update={"placement": recipe.placement.model_copy(update={"replicas": {}})})
+
+
+def describe(placement: Placement) -> str:
+    """The rank map as a person reads it."""
+    students = f"ranks 0-{placement.student_ranks - 1}" if placement.student_ranks > 1 else "rank 0"
+    lines = [f"{placement.kind}: students on {students} of {placement.world}"]
+    several = len(set(placement.nodes)) > 1
+    for source in placement.sources:
+        where = f" (node {placement.nodes[source.rank]})" if several else ""
+        lines.append(f"  rank {source.rank}{where}: {', '.join(source.teachers)}")
+    return "\n".join(lines)
+
+
 def check_batch(batch: int, ranks: int, accumulation: int) -> None:
     """Raises UserError if a micro batch would fall below SAMPLES_PER_RANK."""
     if batch // ranks // accumulation < SAMPLES_PER_RANK:

@@ -7,7 +7,7 @@ from pkd.cost import forward_flops, teacher_costs
 from pkd.data import load_data
 from pkd.ds_config import load_ds_config, precision, stage
 from pkd.objective import asked, constants
-from pkd.placement import place
+from pkd.placement import place, without_teachers
 from pkd.pyramid import build_pyramid
 from pkd.recipe import Recipe
 from pkd.schedule import split
@@ -24,7 +24,10 @@ def plan(recipe: Recipe, world: int, console: Console) -> dict:
     pyramid = build_pyramid(levels, data.classes, recipe.seed)
     fixed = constants(recipe, pyramid.levels)
     names = asked(recipe.objective.kind, pyramid)
-    placement = place(recipe, world, *teacher_costs(recipe, pyramid, data, names, fixed.own))
+    if recipe.soft_targets == "archive":
+        placement = place(without_teachers(recipe), world, {})
+    else:
+        placement = place(recipe, world, *teacher_costs(recipe, pyramid, data, names, fixed.own))
     sizes = {t.name: forward_flops(t.model, len(t.classes), data.channels, data.size)[1] for t in pyramid.teachers}
     students = [forward_flops(s.model, len(data.classes), data.channels, data.size) for s in recipe.students]
     step_flops = FORWARD_AND_BACKWARD * sum(flops for flops, _ in students)

@@ -112,7 +112,8 @@ class Progress:
                           self.setup.data, facts)
         write_json(self.job.run.students / "students.json", {
             "students": self.names, "complete": whole, "epochs": self.epoch, "teachers": self.setup.teacher_hashes,
-            "world_size": self.job.world.size, "placement": self.setup.placement.to_json()})
+            "soft_targets": self.setup.soft_targets, "world_size": self.job.world.size,
+            "placement": self.setup.placement.to_json()})
         self.job.run.mark("distill", "finished", complete=whole)
 
     def show(self, epoch: int, step: int, last: int) -> None:

@@ -63,6 +63,14 @@ class Views(Section):
     affine: Affine | None = None
     colour: NonNegative = 0.0  # strength of brightness, contrast and saturation jitter
     randaugment: RandAugment | None = None
+    # Students see only so many different views of a sample, by epoch modulo this; teachers are trained without a limit.
+    finite: Whole | None = None
+
+    @property
+    def different(self) -> int | None:
+        """How many views of a sample students see before the first comes again; None: new ones in every epoch."""
+        drawn = self.crop or self.resized_crop or self.flip or self.affine or self.colour or self.randaugment
+        return self.finite if drawn else 1
 
     @model_validator(mode="after")
     def _range_is_in_order(self):
@@ -155,6 +163,13 @@ class Objective(Section):
     routes: Literal["own", "all"] | None = None  # paper only: which samples a specialist is asked about
 
 
+class Archive(Section):
+    """Coarser soft targets than fp16, to be stored in less room; students are trained from them online as well."""
+
+    dtype: Literal["fp16", "int8"] = "fp16"  # int8: 256 values from each row's least to its greatest
+    top_k: Whole | None = None  # keep so many logits of a row; the other classes share the rest of its probability
+
+
 class Distill(Section):
     epochs: Whole = 20
     batch: Whole = 64  # samples per optimizer step over all student ranks together
@@ -185,7 +200,7 @@ class Timeouts(Section):
 
 class Recipe(Section):
     FREE: ClassVar = ("name", "placement", "deepspeed", "window", "ballot_every", "timeouts", "threads", "trace",
-                      "checkpoint_minutes", "compare_views", "teachers_from")
+                      "checkpoint_minutes", "compare_views", "teachers_from", "soft_targets")
     name: Name
     seed: Seed = 0
     data: Data
@@ -194,6 +209,7 @@ class Recipe(Section):
     teachers: Teachers = Teachers()
     students: Annotated[tuple[Student, ...], Field(min_length=1)]
     objective: Objective = Objective()
+    archive: Archive = Archive()
     distill: Distill = Distill()
     deterministic: bool = False  # on GPUs: kernels that repeat to the last bit, slower; a CPU always does
     placement: Placement = Placement()
@@ -202,6 +218,7 @@ class Recipe(Section):
     ballot_every: Annotated[int, Field(ge=1, le=1000)] = 1  # steps between votes
     timeouts: Timeouts = Timeouts()
     teachers_from: str | None = None  # a run folder whose teachers are used in place of this run's own
+    soft_targets: Literal["online", "archive", "auto"] = "online"  # asked of teachers, or read from what pkd archive wrote
     threads: Whole = 1  # of each process on a CPU; another number changes the last bits of the losses
     trace: bool = False  # write every step's losses to steps.jsonl; costs a reduction a step
     checkpoint_minutes: Positive = 10.0
@@ -224,6 +241,9 @@ class Recipe(Section):
                              f"found {len(objective.ensemble)}")
         if objective.routes is not None and objective.kind != "paper":
             raise ValueError(f"objective.routes is a choice of the paper objective only; {objective.kind} fixes it")
+        if self.soft_targets == "archive" and self.views.different is None:
+            raise ValueError("soft_targets is archive, but views are drawn anew in every epoch: set views.finite to a "
+                             "number of views, leave the augmentation out, or set soft_targets to online")
         return self
 
 

@@ -22,12 +22,13 @@ class Submission:
     after: tuple[str, ...] = ()
 
 
-def chain(words: list[str], run: Path, top: str | None, specialists: list[str], distill: bool, evaluate: bool, nodes: int,
-          per_node: int, top_ranks: int, top_first: bool) -> list[Submission]:
+def chain(words: list[str], run: Path, top: str | None, specialists: list[str], together: list[str], evaluate: bool,
+          nodes: int, per_node: int, top_ranks: int, top_first: bool) -> list[Submission]:
     """The jobs of what is left of a run; pure.
 
     The top teacher trains on as many ranks as it can use, the specialists one rank each as one array: both at the same
-    time, unless the top decides the specialists' classes. Then the students on all ranks, then the evaluation on one.
+    time, unless the top decides the specialists' classes. Then the phases of `together` on all ranks, the students the
+    last, then the evaluation on one.
     """
     base, out = (*words, "--run-folder", str(run), "--phases"), []
     if top:
@@ -37,11 +38,12 @@ def chain(words: list[str], run: Path, top: str | None, specialists: list[str], 
         named = tuple(word for name in specialists for word in ("--teacher", name))
         out.append(Submission("teach-specialists", (*_size(1, 1), f"--array=0-{len(specialists) - 1}"),
                               (*base, "teach", *named), ("teach-top",) if top and top_first else ()))
-    teaching = tuple(job.name for job in out)
-    if distill:
-        out.append(Submission("distill", _size(nodes, per_node), (*base, "distill"), teaching))
+    before = tuple(job.name for job in out)
+    for phase in together:
+        out.append(Submission(phase, _size(nodes, per_node), (*base, phase), before))
+        before = (phase,)
     if evaluate:
-        out.append(Submission("evaluate", _size(1, 1), (*base, "evaluate"), ("distill",) if distill else teaching))
+        out.append(Submission("evaluate", _size(1, 1), (*base, "evaluate"), before))
     return out
 
 

@@ -13,9 +13,10 @@ from pkd.run_folder import RunFolder
 class Standing:
     """teachers: name -> "done", "3 of 30 steps", "step 12 saved", "refused: ..." or "not begun"; ages in seconds."""
 
-    phase: str  # what is running, or what comes next: "teach", "distill", "evaluate" or "done"
+    phase: str  # what is running, or what comes next: "teach", "archive", "distill", "evaluate" or "done"
     holder: str | None  # who writes the folder now
     teachers: dict[str, str]
+    archive: str  # none, "3 of 16 shards", done, or stale: made by other teachers than there are now
     distill: str  # none, running, stopped, refused or finished
     why: str | None  # the sentence of a refusal
     epoch: int
@@ -45,12 +46,14 @@ def standing(path: Path) -> Standing:
     lines = read_lines(run.metrics)
     done = bool(teachers) and all(state == "done" for state in teachers.values())
     evaluated = (path / "summary.json").exists()
-    phase = "distill" if done else "teach"
+    archive = _archive(run)
+    waits = free.get("soft_targets") == "archive" and archive != "done" and distill["state"] == "none"
+    phase = ("archive" if waits else "distill") if done else "teach"
     if distill["state"] == "finished":
         phase = "done" if evaluated else "evaluate"
     return Standing(
-        phase=phase, holder=told(held[0]) if held else None, teachers=teachers, distill=distill["state"],
-        why=distill.get("why") or run.state("teach").get("why"),
+        phase=phase, holder=told(held[0]) if held else None, teachers=teachers, archive=archive,
+        distill=distill["state"], why=distill.get("why") or run.state("archive").get("why") or run.state("teach").get("why"),
         epoch=lines[-1]["epoch"] + 1 if lines else 0, epochs=recipe["distill"]["epochs"],
         checkpoint=newest.name if newest else None,
         checkpoint_age=time.time() - newest.stat().st_mtime if newest else None,
@@ -58,10 +61,26 @@ def standing(path: Path) -> Standing:
 
 
 def progress(path: Path) -> list[int]:
-    """Numbers that only grow while a run gets on: teachers there, their checkpoints' steps, the students' step."""
+    """Numbers that only grow while a run gets on: teachers there, their checkpoints' steps, shards, the students' step."""
     steps = [int(folder.name[5:]) for folder in path.glob("teachers/*.training/step-*") if folder.name[5:].isdigit()]
     newest = _newest(path / "checkpoints")
-    return [len(list(path.glob("teachers/*.json"))), sum(steps), int(newest.name[5:]) if newest else 0]
+    return [len(list(path.glob("teachers/*.json"))), sum(steps), len(_shards(path)), int(newest.name[5:]) if newest else 0]
+
+
+def _archive(run: RunFolder) -> str:
+    path = run.path / "soft-targets" / "archive.json"
+    if not path.exists():  # the phase may have found one that fits where the teachers come from
+        return "done" if run.state("archive")["state"] == "finished" else "none"
+    record = read_json(path)
+    for name, then in record["made_of"]["teachers"].items():
+        facts = run.teachers / f"{name}.json"
+        if facts.exists() and read_json(facts).get("sha256") != then:
+            return "stale"
+    return "done" if record["complete"] else f"{len(_shards(run.path))} of {record['files']} shards"
+
+
+def _shards(path: Path) -> list[Path]:
+    return list(path.glob("soft-targets/*.safetensors"))
 
 
 def _teachers(run: RunFolder, steps: int) -> dict[str, str]:

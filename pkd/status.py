@@ -23,6 +23,8 @@ def status(path: Path, as_json: bool, console: Console) -> Standing:
     console.report(f"{path}: {_headline(found)}")
     for name, state in found.teachers.items():
         console.report(f"  teacher {name}: {state}")
+    if found.archive != "none":
+        console.report(f"  archive of soft targets: {found.archive}")
     if found.distill != "none":
         accuracy = f", ensemble {100 * found.accuracy:.1f} % on validation" if found.accuracy is not None else ""
         console.report(f"  distill: {found.distill}, epoch {found.epoch} of {found.epochs}{accuracy}")

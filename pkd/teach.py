@@ -100,7 +100,8 @@ class Lesson:
         self.settings, self.data, self.device = job.recipe.teachers, job.data, job.world.device
         self.leader = job.world.rank == ranks[0]
         self.folder = job.run.teachers / f"{teacher.name}.training"
-        self.views = Views(self.data, job.recipe.views, derived_seed(job.recipe.seed, "teach", teacher.name) % 2**32)
+        endless = job.recipe.views.model_copy(update={"finite": None})
+        self.views = Views(self.data, endless, derived_seed(job.recipe.seed, "teach", teacher.name) % 2**32)
         self.schedule = Schedule(_samples(job, teacher), self.settings.batch,
                                  derived_seed(job.recipe.seed, "order", teacher.name))
         self.local = torch.full((len(self.data.classes),), -1)

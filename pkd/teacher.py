@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from pkd.models import Network
+from pkd.row_format import RowFormat
 from pkd.schedule import BLOCK, Routes
 from pkd.views import Views
 
@@ -13,9 +14,12 @@ class TeacherHost:
 
     networks: index into pyramid.teachers -> network. Teachers always run in blocks of BLOCK rows, the last one padded:
     with other numbers of rows the same image's logits differ in their last bits, and placements would no longer agree.
+    formats: how each teacher's rows are rounded beyond fp16; without any they are left as they are.
     """
 
-    def __init__(self, source: int, networks: dict[int, Network], views: Views, device: torch.device, bf16: bool):
+    def __init__(self, source: int, networks: dict[int, Network], views: Views, device: torch.device, bf16: bool,
+                 formats: dict[int, RowFormat] | None = None):
+        self.formats = {index: form for index, form in (formats or {}).items() if not form.plain}
         self.source, self.views, self.device, self.bf16 = source, views, device, bf16
         self.networks = {index: network.to(device).eval().requires_grad_(False)
                          for index, network in networks.items()}
@@ -34,6 +38,9 @@ class TeacherHost:
                 continue
             asked = torch.from_numpy(np.searchsorted(positions, routes.position[rows]))
             logits = centred(self.forward(network, images[asked]))
+            if index in self.formats:
+                form = self.formats[index]
+                logits = form.decode(form.encode(logits.cpu()))
             start = int(routes.offset[rows[0]])
             flat[start:start + logits.numel()].view(logits.shape).copy_(logits)
 

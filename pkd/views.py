@@ -31,6 +31,8 @@ class Views:
 
     def batch(self, ids: torch.Tensor, epoch: int) -> torch.Tensor:
         """uint8 [n, channels, height, width]: the augmented views of samples `ids` in an epoch."""
+        if self.recipe.finite:
+            epoch %= self.recipe.finite
         views = self.images[ids]
         if self.recipe.crop or self.recipe.flip:
             views = self._crop_and_flip(views, self._of_epoch(epoch)[ids.numpy()])

@@ -63,6 +63,8 @@ class World:
                                 world_size=len(ranks), timeout=datetime.timedelta(seconds=self.timeouts.group))
 
     def leave_island(self) -> None:
+        if not dist.is_initialized():
+            return
         import deepspeed
 
         if deepspeed.comm.is_initialized():

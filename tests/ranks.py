@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from fork_server import Forked
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -44,10 +46,13 @@ class Ranks:
             if world > 1 and launcher:
                 own.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                            MASTER_PORT=port)
-            self.processes.append(subprocess.Popen(
-                [*prefix, sys.executable, "-m", "pkd", *map(str, arguments)], env=own,
-                cwd=cwds[rank] if cwds else REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                stdin=subprocess.DEVNULL))
+            words, cwd = list(map(str, arguments)), cwds[rank] if cwds else REPOSITORY
+            if prefix:
+                self.processes.append(subprocess.Popen(
+                    [*prefix, sys.executable, "-m", "pkd", *words], env=own, cwd=cwd, text=True, stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE, stdin=subprocess.DEVNULL))
+            else:
+                self.processes.append(Forked(words, own, cwd))
 
     def wait(self, timeout: float = 120.0) -> list[Ended]:
         """What every rank said and how it ended; a rank that outlasts the timeout fails the test."""

@@ -55,6 +55,14 @@ def test_a_view_does_not_depend_on_its_batch(channels, policy, seed, epoch, ids)
 
 
 @quick
+@given(channels_of, st.sampled_from(sorted(POLICIES)), seeds, epochs, st.integers(1, 5))
+def test_finite_views_come_again_in_order_and_are_the_first_ones_of_endless_views(channels, name, seed, epoch, finite):
+    ids = torch.arange(SAMPLES)
+    found = views_of(channels, Policy(**POLICIES[name], finite=finite), seed).batch(ids, epoch)
+    assert torch.equal(found, views_of(channels, Policy(**POLICIES[name]), seed).batch(ids, epoch % finite))
+
+
+@quick
 @given(channels_of, policies, seeds, st.lists(epochs, min_size=1, max_size=3), seeds)
 def test_a_view_depends_on_no_history_and_no_global_generator(channels, policy, seed, visited, noise):
     ids, views = torch.arange(SAMPLES), views_of(channels, policy, seed)
