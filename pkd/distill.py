@@ -61,7 +61,8 @@ class Distillation:
         self.device = self.job.world.device
         settings = list(self.recipe.students)
         self.engine = Engine(setup.student_networks(), settings, setup.ds_config,
-                             setup.placement.accumulation, self.device, self.recipe.distill.sync_batch_norm)
+                             setup.placement.accumulation, self.device, self.recipe.channels_last,
+                             self.recipe.distill.sync_batch_norm)
         self.progress = Progress(setup, self.engine)
         self.progress.restore(start["checkpoint"])
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from pkd import state
-from pkd.ds_config import engine_config, stage
+from pkd.ds_config import engine_config, precision, stage
 from pkd.ensemble import Ensemble
 from pkd.models import Network
 from pkd.norm import set_group
@@ -21,7 +21,7 @@ class Engine:
     """networks: name -> network, freshly built and equal on every rank; settings: one a network."""
 
     def __init__(self, networks: dict[str, Network], settings: list[Optimisation], ds_config: dict,
-                 accumulation: int, device: torch.device, sync_batch_norm: bool = False):
+                 accumulation: int, device: torch.device, channels_last: bool, sync_batch_norm: bool = False):
         import deepspeed
 
         # Its CPU back end would compile a shared-memory operator, a minute and a C++ compiler, that training never uses.
@@ -29,6 +29,8 @@ class Engine:
         self.names = tuple(networks)
         # What is validated, kept and exported: fp32 weights (averaged ones where asked) and mean batch statistics.
         self.copies = {name: copy.deepcopy(network).to(device).eval() for name, network in networks.items()}
+        for network in self.copies.values() if channels_last else ():
+            network.use_channels_last()
         ensemble = Ensemble(networks)
         if sync_batch_norm:
             set_group(ensemble, dist.group.WORLD)
@@ -39,6 +41,10 @@ class Engine:
         self.ranks = dist.get_world_size()
         config = engine_config(ds_config, self.ranks, accumulation, elements)
         self.ds = deepspeed.initialize(model=ensemble, optimizer=self.optimizer, config=config)[0]
+        for network in networks.values() if channels_last else ():
+            network.channels_last = True
+            if stage(ds_config) == 0 and precision(ds_config) == "fp32":  # else they are views of DeepSpeed's flat buffers
+                network.use_channels_last()
         self.optimizer.partitioned = stage(ds_config) > 0
         self.optimizer.ready = True
         self.scale = self.ranks * accumulation  # DeepSpeed averages over ranks and micro batches; our losses are sums

@@ -35,6 +35,8 @@ class Network(Float32Buffers):
     the backbone's parameters.
     """
 
+    channels_last = False
+
     def __init__(self, backbone: nn.Module, channels: int, input_size: tuple[int, int], mean: tuple[float, ...],
                  std: tuple[float, ...]):
         super().__init__()
@@ -48,7 +50,15 @@ class Network(Float32Buffers):
         if tuple(pixels.shape[-2:]) != self.input_size:
             pixels = F.interpolate(pixels, self.input_size, mode="bilinear", antialias=True)
         pixels = pixels.expand(-1, self.channels, -1, -1)
-        return self.backbone(((pixels - self.mean) / self.std).to(next(self.backbone.parameters()).dtype))
+        pixels = ((pixels - self.mean) / self.std).to(next(self.backbone.parameters()).dtype)
+        return self.backbone(pixels.contiguous(memory_format=torch.channels_last) if self.channels_last else pixels)
+
+    def use_channels_last(self) -> "Network":
+        """From now on images and the weights of convolutions lie channels last, if a DeepSpeed stage does not lay them out
+        anew: other kernels, the same results but for their last bits.
+        """
+        self.channels_last = True
+        return self.to(memory_format=torch.channels_last)
 
 
 def check_model(model: Model) -> None:

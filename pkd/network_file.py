@@ -33,8 +33,9 @@ def teacher_identity(recipe: Recipe, teacher: Teacher, data: DataSet) -> str:
     whole = identity(recipe)
     views = {key: value for key, value in whole["views"].items() if key != "finite"}  # which is the students' limit
     return digest({"seed": recipe.seed, "data": whole["data"], "views": views, "teachers": whole["teachers"],
-                   "dtype": whole["dtypes"]["teachers"], "fingerprint": data.fingerprint,
-                   "model": part(teacher.model, free=False), "classes": list(teacher.classes)})
+                   "dtype": whole["dtypes"]["teachers"], "channels_last": recipe.channels_last,
+                   "fingerprint": data.fingerprint, "model": part(teacher.model, free=False),
+                   "classes": list(teacher.classes)})
 
 
 def write_network(path: Path, network: Network, model: Model, classes: list[str], data: DataSet,

@@ -70,20 +70,19 @@ class BatchNorm(Float32Buffers, nn.BatchNorm2d):
         return {key: value for key, value in self.__dict__.items() if key != "group"}
 
     def forward(self, input: Tensor) -> Tensor:
-        values = input.float()
         weight = None if self.weight is None else self.weight.float()
         bias = None if self.bias is None else self.bias.float()
         if self.training and self.group is not None:
-            return self._over_group(values, weight, bias).to(input.dtype)
-        count = values.numel() // self.num_features
+            return self._over_group(input.float(), weight, bias).to(input.dtype)
+        count = input.numel() // self.num_features
         if self.training and count == 1:
             raise UserError(f"batch normalisation in training was given 1 value per channel (input "
                             f"{list(input.shape)}), which has no variance: use micro batches of at least 2 images, a "
                             "larger input_size or distill.sync_batch_norm: true")
         learns = self.training and count > 0  # an empty batch has no statistics, and must not move the running ones
-        out = F.batch_norm(values, self.running_mean, self.running_var, weight, bias,
-                           learns or self.running_mean is None, self._factor() if learns else 0.0, self.eps)
-        return out.to(input.dtype)
+        # torch's kernels take 16-bit values beside float32 parameters and statistics, and reckon in float32.
+        return F.batch_norm(input, self.running_mean, self.running_var, weight, bias,
+                            learns or self.running_mean is None, self._factor() if learns else 0.0, self.eps)
 
     def _factor(self) -> float:
         """Weight of this batch in the running statistics; counts the batch."""

@@ -211,6 +211,9 @@ class Recipe(Section):
     objective: Objective = Objective()
     archive: Archive = Archive()
     distill: Distill = Distill()
+    # Layout of images and weights while training. On a CPU, fp32, a step of MobileNetV2 and ShuffleNetV2 then takes 0.6 of
+    # the time, one of ResNet-18 1.05 of it (weights keep the layout in fp32 and ZeRO 0 only; else it is 0.75 and 1.07).
+    channels_last: bool = True
     deterministic: bool = False  # on GPUs: kernels that repeat to the last bit, slower; a CPU always does
     placement: Placement = Placement()
     deepspeed: DeepSpeed = DeepSpeed()

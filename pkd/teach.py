@@ -109,7 +109,7 @@ class Lesson:
         self.rates = Rates([self.settings], self.settings.steps)
         network = fresh(teacher.model, len(teacher.classes), self.data, job.recipe.seed, f"teacher {teacher.name}")
         self.engine = Engine({teacher.name: network}, [self.settings], load_ds_config(job.recipe.deepspeed.teachers),
-                             1, self.device)
+                             1, self.device, job.recipe.channels_last)
         self.ballot = Ballot(bridge, window=1, every=1)
         self.best: dict = {}
         self.best_weights: dict[str, torch.Tensor] = {}

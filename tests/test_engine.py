@@ -67,7 +67,7 @@ def worker(rank, port, path):
 
     def made(name, config):
         world.join_island(name, [0, 1])
-        return Engine(networks(), settings(), load_ds_config(config), 1, world.device)
+        return Engine(networks(), settings(), load_ds_config(config), 1, world.device, channels_last=False)
 
     def left(engine):
         engine.close()

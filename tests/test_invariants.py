@@ -57,11 +57,13 @@ def test_denominators_are_those_of_the_whole_step(tiny, new_run, objective):
 
 
 def test_the_zero_stage_changes_nothing_but_the_last_bits(tiny, new_run):
-    whole, _ = distilled(2, tiny, new_run("0"), CO_LOCATED, "deepspeed.students=zero0")
+    """In ZeRO 0 the weights lie channels last as well, which takes other kernels."""
+    smooth = ("students.0.model=own_model:Smooth", "students.1.model=own_model:Smooth", CO_LOCATED)
+    whole, _ = distilled(2, tiny, new_run("0"), *smooth, "deepspeed.students=zero0")
     for stage in (1, 2, 3):
-        split, _ = distilled(2, tiny, new_run(f"{stage}"), CO_LOCATED, f"deepspeed.students=zero{stage}")
+        split, _ = distilled(2, tiny, new_run(f"{stage}"), *smooth, f"deepspeed.students=zero{stage}")
         for one, other in zip(whole, split, strict=True):
-            assert other["loss"] == pytest.approx(one["loss"], rel=1e-4), (stage, one["step"])
+            assert other["loss"] == pytest.approx(one["loss"], rel=1e-6), (stage, one["step"])
 
 
 def test_a_run_killed_before_its_first_checkpoint_comes_to_the_same_students(tiny, new_run):
