@@ -25,10 +25,11 @@ COMMANDS = {
     "predict": "classify image files",
     "launch": "run or submit the phases in order, going on where the run stands",
     "status": "tell where a run stands",
+    "bench": "measure what the teachers cost on this machine",
     "fetch": "bring the data and the pretrained weights of a recipe, where there is a network",
 }
 ON_EVERY_RANK = ("teach", "archive", "distill")
-WITH_RECIPE = ("plan", "teach", "archive", "distill", "launch", "fetch")
+WITH_RECIPE = ("plan", "teach", "archive", "distill", "launch", "bench", "fetch")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,6 +61,10 @@ def parser() -> argparse.ArgumentParser:
             own.add_argument("--to", type=Path, required=True, help="a new folder")
         if name == "predict":
             own.add_argument("images", nargs="+", type=Path)
+        if name == "bench":
+            own.add_argument("--ranks-per-node", type=_positive, default=1, help="processes on this machine")
+            own.add_argument("--rounds", type=_positive, default=9, help="how often each program runs")
+            own.add_argument("--steps", type=_positive, default=24, help="steps of a run; the first quarter warms up")
         if name == "launch":
             own.add_argument("--on", required=True, choices=tuple(WAYS), metavar="WAY",
                              help="; ".join(f"{way}: {text}" for way, text in WAYS.items()))
@@ -127,6 +132,10 @@ def single(arguments: argparse.Namespace, console: Console) -> None:
         found = plan(recipe, arguments.world, Console(quiet=True) if arguments.json else console)
         if arguments.json:
             console.report(json.dumps(found, indent=2))
+    elif arguments.command == "bench":
+        from pkd.bench import bench
+
+        bench(arguments.recipe, arguments.overrides, arguments.ranks_per_node, arguments.rounds, arguments.steps, console)
     elif arguments.command == "evaluate":
         from pkd.evaluate import evaluate
 

@@ -109,7 +109,7 @@ class Distillation:
             job.watchdog.works()
             self.train_step(epoch, step, routes, flat)
             self.progress.step = step + 1
-            sums.seconds += time.perf_counter() - began
+            sums.took(time.perf_counter() - began, steady=step - first >= (last - first) // 4)
             began = time.perf_counter()
             if ballot.after(step).save:
                 self.progress.save("saving")

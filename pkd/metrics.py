@@ -18,6 +18,13 @@ class Sums:
         self.names: list[str] = []
         self.values = torch.zeros(0, students, dtype=torch.float64, device=device)
         self.steps, self.seconds, self.wait = 0, 0.0, 0.0
+        self.steady_steps, self.steady_seconds = 0, 0.0  # without the first quarter of a stretch, which warms up
+
+    def took(self, seconds: float, steady: bool) -> None:
+        """Time of one optimizer step, from the end of the one before."""
+        self.seconds += seconds
+        self.steady_steps += steady
+        self.steady_seconds += seconds * steady
 
     def add(self, terms: dict[str, torch.Tensor]) -> None:
         """One micro batch's terms, each [students]."""

@@ -10,7 +10,7 @@ from PIL import Image
 from ranks import REPOSITORY, free_port, refused, run, students, trace
 
 LINE = {"epoch", "step", "train", "validation", "ensemble", "learning_rate", "images_per_second", "seconds",
-        "wait_seconds", "peak_memory_bytes"}
+        "steady_images_per_second", "wait_seconds", "peak_memory_bytes"}
 SUMMARY = {"recipe", "identity", "seed", "world_size", "placement", "complete", "teachers", "students", "ensemble",
            "test_images", "test_readings", "images_per_second", "wall_seconds"}
 NETWORK = {"architecture", "library", "arguments", "width", "classes", "channels", "view_size", "input_channels",

@@ -1,0 +1,75 @@
+"""What every baseline starts from: the same recipe, images, batches, frozen teachers and fresh students as pkd itself."""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+import torch
+
+from pkd.data import load_data
+from pkd.network_file import fresh, read_teacher
+from pkd.objective import constants
+from pkd.pyramid import build_pyramid
+from pkd.recipe_file import load_recipe
+from pkd.schedule import Schedule
+
+
+class Problem:
+    """kernels: "eager" is torch as it comes; "ours" what pkd uses: teachers in bf16 and channels last, students fp32 and
+    channels last.
+    """
+
+    def __init__(self):
+        parser = argparse.ArgumentParser()
+        parser.add_argument("recipe")
+        parser.add_argument("--taught", type=Path, required=True)
+        parser.add_argument("--steps", type=int, required=True)
+        parser.add_argument("--threads", type=int, required=True)
+        parser.add_argument("--kernels", choices=("eager", "ours"), required=True)
+        arguments = parser.parse_args()
+        torch.set_num_threads(arguments.threads)
+        self.steps, self.ours = arguments.steps, arguments.kernels == "ours"
+        self.recipe = recipe = load_recipe(arguments.recipe, [])
+        self.data = load_data(recipe.data)
+        self.pyramid = build_pyramid(recipe.pyramid, self.data.classes, recipe.seed)
+        self.constants = constants(recipe, self.pyramid.levels)
+        self.schedule = Schedule(self.data.splits["train"].numpy(), recipe.distill.batch, recipe.seed)
+        self.students = [fresh(s.model, len(self.data.classes), self.data, recipe.seed, f"student {s.name}").train()
+                         for s in recipe.students]
+        self.teachers = [read_teacher(arguments.taught / "teachers", recipe, teacher, self.data, True)[0]
+                         .eval().requires_grad_(False) for teacher in self.pyramid.teachers]
+        self.classes = [torch.tensor(teacher.classes) for teacher in self.pyramid.teachers]
+        self.weights = [self.constants.weights[teacher.level] for teacher in self.pyramid.teachers]
+        if self.ours:
+            self.students = [student.use_channels_last() for student in self.students]
+            self.teachers = [teacher.to(torch.bfloat16).use_channels_last() for teacher in self.teachers]
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 images and labels of a step's global batch."""
+        epoch, within = divmod(step, self.schedule.steps_per_epoch)
+        ids = torch.from_numpy(self.schedule.global_batch(epoch, within))
+        return self.data.images[ids], self.data.labels[ids]
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(network.parameters(), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
+                for network, s in zip(self.students, self.recipe.students)]
+
+    def run(self, step: Callable[[int], list[float]]) -> tuple[float, list[list[float]]]:
+        """Images per second without the first quarter of the steps, and every step's losses, one a student."""
+        losses, warm = [], self.steps // 4
+        for index in range(self.steps):
+            if index == warm:
+                began = time.perf_counter()
+            losses.append(step(index))
+        return (self.steps - warm) * self.schedule.batch / (time.perf_counter() - began), losses
+
+    @staticmethod
+    def report(rate: float, losses: list[list[float]]) -> None:
+        print(json.dumps({"images_per_second": rate, "losses": losses[:3],
+                          "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))

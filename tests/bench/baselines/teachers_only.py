@@ -1,0 +1,30 @@
+"""The frozen teachers of a recipe in a loop, as pkd runs them (blocks of 32 rows), without students or exchange."""
+
+import torch
+from problem import Problem
+
+from pkd.objective import asked
+from pkd.schedule import Router
+from pkd.teacher import TeacherHost
+from pkd.views import Views
+
+
+def main() -> None:
+    problem = Problem()
+    wanted = asked(problem.constants.kind, problem.pyramid)
+    host = TeacherHost(0, {i: problem.teachers[i] for i in wanted},
+                       Views(problem.data, problem.recipe.views, problem.recipe.seed), torch.device("cpu"), problem.ours)
+    router = Router(problem.pyramid, [wanted], problem.constants.own)
+    flat = torch.zeros(router.largest(problem.schedule.batch), dtype=torch.float16)
+
+    def step(index: int) -> list[float]:
+        if index == 1:
+            print("warm", flush=True)
+        ids = problem.schedule.global_batch(*divmod(index, problem.schedule.steps_per_epoch))
+        host.answer(router.routes(problem.data.labels.numpy()[ids]), ids, 0, flat)
+        return []
+    problem.report(*problem.run(step))
+
+
+if __name__ == "__main__":
+    main()

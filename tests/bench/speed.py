@@ -1,0 +1,232 @@
+"""The table of speeds: pkd against the baselines, every program in turn; writes RESULTS.md. See launch/bench.sh.
+
+python tests/bench/speed.py [--rounds 9] [--steps 16] [--only online ...]
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+import numpy as np
+import torch
+import yaml
+
+from pkd.bench import Program, Trial, spread, take_turns
+
+HEAD = """\
+Written by `launch/bench.sh` at commit {commit}: {cores} cores, {processor}, torch {torch}.
+{rounds} rounds; in each, every program runs once for {steps} steps of 64 images, the first quarter warms up; a ratio
+compares two runs of one round. ResNet-101 / 2 x ResNet-50 / 4 x ResNet-18 teachers, 2 x MobileNetV2 and 2 x ShuffleNetV2
+students, 32 pixels, 100 classes. Two cores for each program: two threads in one process, or two ranks of one thread. Our
+kernels: teachers bf16 and channels last, students fp32 and channels last.
+"""
+NO_WARM_UP = {"schedule": "constant", "warmup_steps": 0}
+
+
+def recipes(folder: Path) -> dict[str, Path]:
+    """The paper's pyramid, objective and students from torchvision, 32 pixels, 100 classes, batch 64; and one teacher with
+    one student. Noise serves as images: nobody's speed depends on them.
+    """
+    chance = np.random.default_rng(0)
+    np.savez(folder / "noise.npz", x_train=chance.integers(0, 256, (2200, 3, 32, 32), dtype=np.uint8),
+             y_train=np.arange(2200) % 100, x_test=chance.integers(0, 256, (100, 3, 32, 32), dtype=np.uint8),
+             y_test=np.arange(100) % 100, classes=np.array([f"{c:02}" for c in range(100)]))
+    base = {"data": {"name": "npz", "path": str(folder / "noise.npz")}, "views": {}, "compare_views": False,
+            "teachers": {"steps": 10, "lr": 1e-4, "batch": 32, "forward": "bf16"}, "distill": {"epochs": 1, "batch": 64},
+            "deepspeed": {"students": "zero0"}, "checkpoint_minutes": 1000}
+    nets = ("mobilenet_v2", "shufflenet_v2_x1_0")
+    students = [{"name": f"{net[:6]}{i}", "model": net, "lr": lr, "momentum": 0.9, "weight_decay": 2e-4, **NO_WARM_UP}
+                for i in (0, 1) for net, lr in zip(nets, (0.06, 0.08))]
+    kinds = {
+        "paper": {"pyramid": [{"teachers": 1, "model": "resnet101"}, {"teachers": 2, "model": "resnet50"},
+                              {"teachers": 4, "model": "resnet18"}], "students": students, "objective": {"kind": "paper"}},
+        "light": {"pyramid": [{"teachers": 1, "model": "resnet50"}, {"teachers": 2, "model": "resnet18"}],
+                  "students": students, "objective": {"kind": "paper"}},
+        "pair": {"pyramid": [{"teachers": 1, "model": "resnet50"}], "students": students[:1],
+                 "objective": {"kind": "top"}},
+    }
+    kinds["pair-eager"] = {**kinds["pair"], "channels_last": False, "teachers": {**base["teachers"], "forward": "fp32"}}
+    out = {}
+    for name, own in kinds.items():
+        out[name] = folder / f"{name}.yaml"
+        out[name].write_text(yaml.safe_dump({"name": name, **base, **own}, sort_keys=False))
+    return out
+
+
+class Bench:
+    """The programs, by name, each with the teachers of its recipe."""
+
+    def __init__(self, folder: Path, steps: int):
+        self.folder, self.steps, self.recipes = folder, steps, recipes(folder)
+        self.memory: dict[str, int] = {}
+        for name, recipe in self.recipes.items():
+            Trial(folder, [str(recipe)], 2).phase("teach", run=folder / name)
+        self.filled = self._fill()
+
+    def _fill(self) -> float:
+        """Images per second while the archive of the paper's pyramid is filled by two ranks, without their start."""
+        Trial(self.folder, [str(self.recipes["paper"])], 2).phase("archive", run=self.folder / "paper")
+        folder = self.folder / "paper" / "soft-targets"
+        record = json.loads((folder / "archive.json").read_text())
+        written = sorted(path.stat().st_mtime for path in folder.glob("*.safetensors"))
+        # Two ranks: the first two shards are there after the start and one shard each.
+        return (len(written) - 2) * record["samples_per_shard"] / (written[-1] - written[1])
+
+    def pkd(self, recipe: str, ranks: int, *changes: str, threads: int = 2, name: str = "") -> float:
+        line = Trial(self.folder, self._words(recipe, ranks, threads), ranks).distill(self.steps, *changes)
+        self.memory[name] = int(max(line["peak_memory_bytes"].values()))
+        return line["steady_images_per_second"]
+
+    def _words(self, recipe: str, ranks: int, threads: int) -> list[str]:
+        return [str(self.recipes[recipe]), f"teachers_from={self.folder / recipe}", f"threads={max(1, threads // ranks)}"]
+
+    def baseline(self, script: str, recipe: str, kernels: str, ranks: int, threads: int, name: str = "") -> float:
+        found = self.losses_and_rate(script, recipe, kernels, ranks, threads)
+        self.memory[name] = found["peak_memory_bytes"]
+        return found["images_per_second"]
+
+    def beside_teachers(self) -> float:
+        """The students of `light` alone on one core while its teachers, without any exchange, run on the other."""
+        argv = self._argv("teachers_only", "light", "ours", 1, steps=100_000, threads=1)
+        busy = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        try:
+            busy.stdout.readline()
+            return self.pkd("light", 1, "objective.kind=alone", threads=1)
+        finally:
+            busy.kill()
+            busy.wait()
+
+    def losses_and_rate(self, script: str, recipe: str, kernels: str, ranks: int = 1, threads: int = 2) -> dict:
+        argv = self._argv(script, recipe, kernels, ranks, self.steps, threads)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads // ranks)}
+        done = subprocess.run(argv, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-2000:])
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    def _argv(self, script: str, recipe: str, kernels: str, ranks: int, steps: int, threads: int) -> list[str]:
+        start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                      "--nproc_per_node", str(ranks)]
+        return [*start, str(HERE / "baselines" / f"{script}.py"), str(self.recipes[recipe]), "--taught",
+                str(self.folder / recipe), "--steps", str(steps), "--threads", str(threads // ranks), "--kernels", kernels]
+
+    def check_equal_math(self) -> list[str]:
+        """The first losses of baselines and pkd, which agree as far as fp16 soft targets and 16-bit kernels let them."""
+        out = []
+        for script, ranks in (("published_loop", 1), ("naive_ddp", 2)):
+            theirs = self.losses_and_rate(script, "paper", "ours", ranks)["losses"]
+            trial = Trial(self.folder, self._words("paper", ranks, 2), ranks)
+            run = self.folder / f"traced-{ranks}"
+            kind = "single" if ranks == 1 else "co-located"
+            trial.phase("distill", "trace=true", f"placement.kind={kind}", "--steps", "3", run=run)
+            ours = [list(json.loads(line)["loss"].values()) for line in (run / "steps.jsonl").read_text().splitlines()]
+            worst = float(np.abs(np.array(ours) / np.array(theirs) - 1).max())
+            out.append(f"{script} and pkd on {ranks} rank(s): the first three steps' losses differ by {worst:.1e} at most")
+            if worst > 5e-3:
+                raise RuntimeError(f"{out[-1]}: {ours} against {theirs}")
+        return out
+
+
+def programs(bench: Bench) -> dict[str, Program]:
+    def pkd(name: str, recipe: str, ranks: int, *changes: str, threads: int = 2) -> Program:
+        return Program(name, lambda: bench.pkd(recipe, ranks, *changes, threads=threads, name=name))
+
+    def other(name: str, script: str, recipe: str, kernels: str, ranks: int = 1, threads: int = 2) -> Program:
+        return Program(name, lambda: bench.baseline(script, recipe, kernels, ranks, threads, name=name))
+    both = "placement.kind=co-located"
+    all_of_them = [
+        other("published loop, eager", "published_loop", "paper", "eager"),
+        other("published loop, our kernels", "published_loop", "paper", "ours"),
+        other("naive data parallel, our kernels", "naive_ddp", "paper", "ours", 2),
+        pkd("students alone", "paper", 2, both, "objective.kind=alone"),
+        pkd("pkd online", "paper", 2, both),
+        pkd("pkd archive", "paper", 2, "soft_targets=archive"),
+        other("torchdistill, eager", "torchdistill_kd", "pair-eager", "eager"),
+        pkd("pkd, one teacher, one student, eager", "pair-eager", 1),
+        pkd("pkd, one teacher, one student, our kernels", "pair", 1),
+        pkd("one core: students alone", "light", 1, "objective.kind=alone", threads=1),
+        Program("one core: students alone, teachers on the other", bench.beside_teachers),
+        pkd("one core: students, the other: their teachers", "light", 2, "placement.kind=dedicated"),
+        other("one core: teachers alone", "teachers_only", "light", "ours", threads=1),
+    ]
+    return {program.name: program for program in all_of_them}
+
+
+def rows(rates: dict[str, list[float]], filled: float) -> list[tuple[str, str, list[float]]]:
+    """Figure, what was asked for, and the ratio in each round."""
+    def over(one: str, other: str) -> list[float]:
+        return [a / b for a, b in zip(rates[one], rates[other])]
+
+    def whole(other: str, epochs: int = 30) -> list[float]:
+        return [epochs / b / (1 / filled + epochs / a) for a, b in zip(rates["pkd archive"], rates[other])]
+    return [
+        ("archive, 2nd epoch on, against students alone", "0.95", over("pkd archive", "students alone")),
+        ("archive, 30 epochs with its filling, against published loop, eager", "5.5", whole("published loop, eager")),
+        ("the same, published loop with our kernels", "2.8", whole("published loop, our kernels")),
+        ("online against published loop, eager", "3.5", over("pkd online", "published loop, eager")),
+        ("online against published loop, our kernels", "2.0", over("pkd online", "published loop, our kernels")),
+        ("online against naive data parallel, our kernels", "1.0", over("pkd online", "naive data parallel, our kernels")),
+        ("a teacher rank and a student rank, a core each: students against alone on one core", "0.92",
+         over("one core: students, the other: their teachers", "one core: students alone")),
+        ("its ceiling: teachers on the other core, no exchange", "", over("one core: students alone, teachers on the other",
+                                                                       "one core: students alone")),
+        ("its teachers' work over its students' work", "at most 0.8", over("one core: students alone",
+                                                                           "one core: teachers alone")),
+        ("one teacher, one student, against torchdistill, eager both", "1.0",
+         over("pkd, one teacher, one student, eager", "torchdistill, eager")),
+        ("the same with our kernels", "", over("pkd, one teacher, one student, our kernels", "torchdistill, eager")),
+    ]
+
+
+def page(bench: Bench, rates: dict[str, list[float]], equal: list[str], rounds: int) -> str:
+    processor = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                      if line.startswith("model name")), platform.processor())
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout
+    lines = [
+        "# Speed", "",
+        HEAD.format(commit=commit.strip(), cores=os.cpu_count(), processor=processor, torch=torch.__version__, rounds=rounds,
+                    steps=bench.steps),
+        "| figure | asked for, at least | min | median | max |", "|---|---|---|---|---|"]
+    for figure, target, values in rows(rates, bench.filled):
+        lines.append(f"| {figure} | {target} | " + " | ".join(f"{value:.2f}" for value in spread(values)) + " |")
+    lines += ["", "| program | images/s: min | median | max | largest rank's memory, MB |", "|---|---|---|---|---|"]
+    for name, own in rates.items():
+        memory = f"{bench.memory[name] / 1e6:.0f}" if name in bench.memory else ""
+        lines.append(f"| {name} | " + " | ".join(f"{value:.1f}" for value in spread(own)) + f" | {memory} |")
+    lines += ["", f"The archive was filled at {bench.filled:.0f} images/s by two ranks. Equal mathematics:", *equal]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="programs whose names contain one of them; writes no page")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="pkd-speed-") as folder:
+        bench = Bench(Path(folder), arguments.steps)
+        chosen = [program for name, program in programs(bench).items()
+                  if not arguments.only or any(word in name for word in arguments.only)]
+        if arguments.only:
+            rates = take_turns(chosen, arguments.rounds, lambda text: print(text, flush=True))
+            print({name: spread(own) for name, own in rates.items()}, f"filled at {bench.filled:.0f}")
+            return
+        equal = bench.check_equal_math()
+        print("\n".join(equal), flush=True)
+        rates = take_turns(chosen, arguments.rounds, lambda text: print(text, flush=True))
+        text = page(bench, rates, equal, arguments.rounds)
+    (HERE / "RESULTS.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
