@@ -17,14 +17,16 @@ from pkd.files import read_json, write_json
 from pkd.hardware import memory_per_rank, nodes
 from pkd.job import Job
 from pkd.models import Network
-from pkd.network_file import fresh, read_teacher, teacher_hash
+from pkd.network_file import fresh, open_teacher, read_teacher, teacher_hash
 from pkd.objective import asked, constants
-from pkd.placement import Placement, Ranks, describe, place, without_teachers
+from pkd.placement import Placement, Ranks, Source, describe, place, without_teachers
+from pkd.pyramid import Teacher
 from pkd.recipe_file import digest
 from pkd.row_format import row_formats
 from pkd.schedule import Router, Schedule, split
+from pkd.sharded import ShardedNetwork
 from pkd.targets import Unpacker
-from pkd.teacher import TeacherHost
+from pkd.teacher import TeacherHost, in_dtype
 from pkd.views import Views
 
 EXAMPLES = 8  # samples whose views the ranks compare
@@ -54,9 +56,8 @@ class Setup:
         job.watchdog.role = self.role
         self.unpacker = Unpacker(job.pyramid, self.asked)
         self.ballot = Ballot(world.bridge("ballot", list(range(world.size))), recipe.window, recipe.ballot_every)
+        self._join_island()
         self.exchange = self._reader() if self.archive else self._exchange()
-        if self.role == "student":
-            world.join_island("students", list(range(self.placement.student_ranks)))
         job.beat("placed")
 
     def resume_point(self) -> dict:
@@ -145,16 +146,19 @@ class Setup:
         teachers = [self.job.pyramid.teachers[index] for index in self.asked]
 
         def decide():
-            if self.job.recipe.soft_targets == "online":
-                return {t.name: self._read_teacher(t)[1]["sha256"] for t in teachers}
-            return {t.name: teacher_hash(*self._asked_for(t)) for t in teachers}  # without making networks
+            return {t.name: teacher_hash(*self._asked_for(t)) for t in teachers}  # no network is made: it may not fit
         return self.job.world.first("teachers", decide)
-
-    def _read_teacher(self, teacher):
-        return read_teacher(*self._asked_for(teacher))
 
     def _asked_for(self, teacher) -> tuple:
         return self.job.run.teachers, self.job.recipe, teacher, self.data, self.limit is None
+
+    def _join_island(self) -> None:
+        """Students are one, and so are ranks apart that hold teachers together; who holds whole ones needs none."""
+        world, together = self.job.world, self.placement.shard_group(self.job.world.rank)
+        if self.role == "student":
+            world.join_island("students", list(range(self.placement.student_ranks)))
+        elif together:
+            world.join_island(f"teachers on {together.where}", list(together.group))
 
     def _open_archive(self) -> tuple[Path | None, dict]:
         """The archive to read, if any, and where soft targets come from, for students.json."""
@@ -182,13 +186,27 @@ class Setup:
         sources = [[names.index(name) for name in source.teachers] for source in self.placement.sources]
         router = Router(self.job.pyramid, sources, self.constants.own)
         return Exchange(self.job.world, self.placement, self.schedule, router, self.labels.numpy(), self.job.recipe.window,
-                        self._host(sources))
+                        self._hosts(sources))
 
-    def _host(self, sources: list[list[int]]) -> TeacherHost | None:
-        ranks = [source.rank for source in self.placement.sources]
-        if self.job.world.rank not in ranks:
-            return None
-        index = ranks.index(self.job.world.rank)
-        networks = {i: self._read_teacher(self.job.pyramid.teachers[i])[0] for i in sources[index]}
-        bf16 = self.job.recipe.teachers.forward == "bf16"
-        return TeacherHost(index, networks, self.views, self.job.world.device, bf16, self.formats)
+    def _hosts(self, sources: list[list[int]]) -> list[TeacherHost]:
+        world, bf16 = self.job.world, self.job.recipe.teachers.forward == "bf16"
+        hosts = []
+        for index, source in enumerate(self.placement.sources):
+            if world.rank in source.ranks:
+                networks = {}
+                for teacher in sources[index]:
+                    self.job.beat("reading teachers")
+                    networks[teacher] = self._network(source, self.job.pyramid.teachers[teacher])
+                hosts.append(TeacherHost(index, networks, self.views, world.device, bf16, self.formats,
+                                         world.rank == source.rank))
+        return hosts
+
+    def _network(self, source: Source, teacher: Teacher) -> Network | ShardedNetwork:
+        """A teacher of a source that this rank belongs to."""
+        if not source.group:
+            return read_teacher(*self._asked_for(teacher))[0]
+        recipe = self.job.recipe
+        network, weights = open_teacher(*self._asked_for(teacher))
+        return ShardedNetwork(in_dtype(network, recipe.teachers.forward == "bf16"), weights,
+                              load_ds_config(recipe.deepspeed.shards), self.job.world.device, source.where,
+                              self.job.watchdog.waits)

@@ -28,6 +28,15 @@ def load_ds_config(name: str) -> dict:
     return config
 
 
+def import_deepspeed():
+    """The module, told not to compile the shared-memory operator of its CPU back end, which takes a minute and a C++
+    compiler and is never used by training or gathering."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
 def precision(config: dict) -> str:
     """'bf16', 'fp16' or 'fp32': the dtype of the weights that forward and backward use."""
     return next((kind for kind in ("bf16", "fp16") if config.get(kind, {}).get("enabled")), "fp32")
@@ -63,6 +72,16 @@ def check_device(config: dict, name: str, device: str) -> None:
     if precision(config) == "fp16" and device != "cuda":
         raise UserError(f"DeepSpeed configuration {name} asks for fp16, which DeepSpeed runs on CUDA only, and there is "
                         "no GPU here: use its bf16 or fp32 sibling")
+
+
+def check_shards(config: dict, name: str) -> None:
+    """Raises UserError where a configuration cannot serve frozen teachers that several ranks hold together."""
+    if stage(config) != 3:
+        raise UserError(f"deepspeed.shards is {name}, of ZeRO {stage(config)}, which leaves a teacher's weights whole on "
+                        "every rank: name a configuration of ZeRO 3, such as teacher-zero3")
+    if precision(config) != "fp32":
+        raise UserError(f"deepspeed.shards is {name}, which sets {precision(config)}, but teachers.forward decides in what "
+                        "dtype teachers answer: remove it there")
 
 
 def engine_config(config: dict, ranks: int, accumulation: int, elements: int) -> dict:

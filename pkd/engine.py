@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from pkd import state
-from pkd.ds_config import engine_config, precision, stage
+from pkd.ds_config import engine_config, import_deepspeed, precision, stage
 from pkd.ensemble import Ensemble
 from pkd.models import Network
 from pkd.norm import set_group
@@ -22,10 +22,7 @@ class Engine:
 
     def __init__(self, networks: dict[str, Network], settings: list[Optimisation], ds_config: dict,
                  accumulation: int, device: torch.device, channels_last: bool, sync_batch_norm: bool = False):
-        import deepspeed
-
-        # Its CPU back end would compile a shared-memory operator, a minute and a C++ compiler, that training never uses.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed = import_deepspeed()
         self.names = tuple(networks)
         # What is validated, kept and exported: fp32 weights (averaged ones where asked) and mean batch statistics.
         self.copies = {name: copy.deepcopy(network).to(device).eval() for name, network in networks.items()}

@@ -28,16 +28,16 @@ class Slot:
 
 
 class Exchange:
-    """labels: int64 [samples of the data set]; host: this rank's teachers, if it is a source."""
+    """labels: int64 [samples of the data set]; hosts: this rank's teachers, of each source that it belongs to."""
 
     def __init__(self, world: World, placement: Placement, schedule: Schedule, router: Router, labels: np.ndarray,
-                 window: int, host: TeacherHost | None):
-        self.world, self.schedule, self.router, self.labels, self.host = world, schedule, router, labels, host
+                 window: int, hosts: list[TeacherHost]):
+        self.world, self.schedule, self.router, self.labels, self.hosts = world, schedule, router, labels, hosts
         self.role = placement.role(world.rank)
         students = list(range(placement.student_ranks))
         self.bridges = []  # one a source, in the placement's order on every rank
         for source in placement.sources:
-            name = f"soft targets of rank {source.rank}"
+            name = f"soft targets of {source.where}"
             ranks = [source.rank] + [rank for rank in students if rank != source.rank]
             self.bridges.append((name, world.bridge(name, ranks)))
         pin = world.device.type == "cuda"
@@ -50,8 +50,8 @@ class Exchange:
         self._finish(slot)  # its buffer is free once its last step has left
         ids = self.schedule.global_batch(epoch, step)
         slot.step, slot.routes = step, self.router.routes(self.labels[ids])
-        if self.host:
-            self.host.answer(slot.routes, ids, epoch, slot.flat)
+        for host in self.hosts:
+            host.answer(slot.routes, ids, epoch, slot.flat)
 
     def send(self, step: int) -> None:
         """Begin the broadcasts of a filled step: this rank's own, and the receives of all others."""

@@ -9,6 +9,7 @@ from pkd.data import DataSet, load_data
 from pkd.models import read_weights
 from pkd.recipe import Model, Recipe
 from pkd.sources import DOWNLOADABLE
+from pkd.weights_file import is_weights_file
 
 
 def fetch(recipe: Recipe, console: Console) -> tuple[DataSet, list[Model]]:
@@ -23,8 +24,8 @@ def fetch(recipe: Recipe, console: Console) -> tuple[DataSet, list[Model]]:
     pretrained = list({(model.name, model.weights): model for model in models if model.weights}.values())
     for model in pretrained:
         count = sum(tensor.numel() for tensor in read_weights(model).values())
-        where = model.weights if model.weights.endswith(".safetensors") else Path(torch.hub.get_dir(), "checkpoints")
+        where = model.weights if is_weights_file(model.weights) else Path(torch.hub.get_dir(), "checkpoints")
         console.say(f"weights {model.weights} of {model.name}: {count:,} numbers, in {where}")
-    if any(not model.weights.endswith(".safetensors") for model in pretrained):
+    if any(not is_weights_file(model.weights) for model in pretrained):
         console.say("compute nodes must see that folder too: export TORCH_HOME there as here")
     return data, pretrained

@@ -3,6 +3,7 @@
 All take uint8 images as they come out of the views, and return logits.
 """
 
+import contextlib
 import http.client
 import importlib
 import inspect
@@ -11,8 +12,6 @@ import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -22,6 +21,7 @@ from pkd.norm import Float32Buffers, convert
 from pkd.recipe import Model, Recipe
 from pkd.small_models import SMALL_MODELS
 from pkd.vision import torchvision
+from pkd.weights_file import Weights, is_weights_file
 
 TORCHVISION_MODELS = frozenset(torchvision.models.list_models(module=torchvision.models))
 _AUXILIARY = ("googlenet", "inception_v3")  # in training these return several outputs unless told otherwise
@@ -74,12 +74,13 @@ def check_model(model: Model) -> None:
                         f"width out or use one of {', '.join(SMALL_MODELS)}")
     if weights is None:
         return
-    if weights.endswith(".safetensors"):
+    if is_weights_file(weights):
         if not Path(weights).is_file():
             raise UserError(f"weights {weights!r} of model {name!r} are no file that exists: mend the path")
     elif name not in TORCHVISION_MODELS:
         raise UserError(f"weights {weights!r} of model {name!r} are no .safetensors file, and only torchvision's "
-                        "models have weights by name: give the path of such a file or leave weights out")
+                        "models have weights by name: give the path of such a file (or of a .safetensors.index.json) or "
+                        "leave weights out")
     else:
         known = list(torchvision.models.get_model_weights(name).__members__)
         if weights not in known:
@@ -87,33 +88,49 @@ def check_model(model: Model) -> None:
                             f"{', '.join(known)} or the path of a .safetensors file")
 
 
-def build(model: Model, classes: int, channels: int, size: tuple[int, int]) -> Network:
+def build(model: Model, classes: int, channels: int, size: tuple[int, int], empty: bool = False) -> Network:
     """The network of `model` for uint8 views [n, channels, *size], `size` being (height, width) in pixels.
 
-    Random weights are drawn from torch's global generator. Every batch norm is a pkd.norm.BatchNorm. Raises UserError
-    for what check_model finds, a class that cannot be built, a number of channels, mean or std that does not fit,
-    images too small for the network, and weights that cannot be fetched or do not fit.
+    Random weights are drawn from torch's global generator; `empty`: there are none, parameters are on the meta device
+    and take no memory, buffers are real, and no forward is tried. Every batch norm is a pkd.norm.BatchNorm. Raises
+    UserError for what check_model finds, a class that cannot be built, a number of channels, mean or std that does not
+    fit, images too small for the network, and weights that cannot be fetched or do not fit.
     """
     check_model(model)
     name = model.name
     input_size = tuple(size) if model.input_size is None else (model.input_size, model.input_size)
     arguments = _arguments(model, classes, channels, input_size)
+    with _without_weights() if empty else contextlib.nullcontext():
+        backbone = _backbone(name, arguments)
     if name in SMALL_MODELS:
-        backbone, wanted = SMALL_MODELS[name](**arguments), channels
+        wanted = channels
     elif name in TORCHVISION_MODELS:
-        backbone, wanted = torchvision.models.get_model(name, **arguments), 3
+        wanted = 3
     else:
-        backbone = _user_network(name, arguments)
         wanted = next((layer.in_channels for layer in backbone.modules() if isinstance(layer, nn.Conv2d)), channels)
     if channels not in (1, wanted):
         raise UserError(f"model {name!r} takes images of {wanted} channels and the data has {channels}: use one of "
                         f"{', '.join(SMALL_MODELS)}, or images of 1 or {wanted} channels")
     mean, std = (_per_channel(model, key, wanted) for key in ("mean", "std"))
     network = Network(convert(backbone), wanted, input_size, mean, std)
+    if empty:
+        return network
     _try(network, model, classes, channels, size)
     if model.weights is not None:
         _load(network.backbone, read_weights(model), model, classes)
     return network
+
+
+def _backbone(name: str, arguments: dict) -> nn.Module:
+    if name in SMALL_MODELS:
+        return SMALL_MODELS[name](**arguments)
+    return torchvision.models.get_model(name, **arguments) if name in TORCHVISION_MODELS else _user_network(name, arguments)
+
+
+def _without_weights():
+    from accelerate import init_empty_weights
+
+    return init_empty_weights(include_buffers=False)
 
 
 def description(model: Model, classes: tuple[str, ...], channels: int, size: tuple[int, int], network: Network) -> dict:
@@ -142,7 +159,7 @@ def description(model: Model, classes: tuple[str, ...], channels: int, size: tup
 
 def _named_weights(model: Model):
     """torchvision's weights entry, or None."""
-    if model.weights is None or model.weights.endswith(".safetensors"):
+    if model.weights is None or is_weights_file(model.weights):
         return None
     return torchvision.models.get_model_weights(model.name)[model.weights]
 
@@ -236,10 +253,7 @@ def read_weights(model: Model) -> dict[str, Tensor]:
     """The backbone's tensors in `model.weights`."""
     named = _named_weights(model)
     if named is None:
-        try:
-            state = load_file(model.weights)
-        except SafetensorError as error:
-            raise UserError(f"weights {model.weights!r} are no readable safetensors file ({error}): mend it") from error
+        state = Weights(Path(model.weights)).all()
         whole = all(key.startswith("backbone.") for key in state)  # of a Network, not of its backbone
         return {key.removeprefix("backbone."): state[key] for key in state} if whole else state
     try:  # the builder, not the file alone, for it renames the keys of old files

@@ -7,12 +7,12 @@ import torch
 
 from pkd.data import DataSet
 from pkd.errors import UserError
-from pkd.files import read_json, sha256, write_bytes, write_json
+from pkd.files import read_json, write_bytes, write_json
 from pkd.models import Network, build, description
 from pkd.pyramid import Teacher
 from pkd.recipe import Model, Recipe, part
 from pkd.recipe_file import digest, identity
-from pkd.tensor_file import read_tensors, write_tensors
+from pkd.weights_file import Weights, weights_of, write_weights
 
 
 def fresh(model: Model, classes: int, data: DataSet, seed: int, name: str) -> Network:
@@ -40,40 +40,34 @@ def teacher_identity(recipe: Recipe, teacher: Teacher, data: DataSet) -> str:
 
 def write_network(path: Path, network: Network, model: Model, classes: list[str], data: DataSet,
                   facts: dict) -> None:
-    """Write <path>.safetensors, then <path>.json, whose presence says that both are there.
+    """Write <path>'s weights (pkd.weights_file says where), then <path>.json, whose presence says that both are there.
 
     network: a Network, its weights fp32; the file holds its backbone's, under the names that plain torchvision uses.
     facts: what else the JSON should hold.
     """
-    weights = path.with_name(path.name + ".safetensors")
-    write_tensors(weights, network.backbone.state_dict(), {"format": "pt"})
+    weights = Weights(write_weights(path, network.backbone.state_dict()))
     tree = description(model, classes, data.channels, data.size, network)
-    write_json(path.with_name(path.name + ".json"), {**tree, **facts, "sha256": sha256(weights)})
+    write_json(path.with_name(path.name + ".json"), {**tree, **facts, "sha256": weights.sha256()})
 
 
 def read_network(path: Path) -> tuple[Network, dict]:
-    """The network of <path>.json and <path>.safetensors. Raises UserError where they are missing or do not agree."""
+    """The network of <path>.json and its weights. Raises UserError where they are missing or do not agree."""
     facts = read_json(path.with_name(path.name + ".json"))
-    weights = path.with_name(path.name + ".safetensors")
-    tensors = read_tensors(weights)
-    if sha256(weights) != facts.get("sha256"):
-        raise UserError(f"{weights} is not the file that {path.name}.json was written for (another sha256): restore it "
-                        "or train it again")
+    weights = Weights(weights_of(path))
+    _check_hash(weights, facts, path)
     network = rebuild(facts, path)
-    missing, unexpected = network.backbone.load_state_dict(tensors, strict=False)
-    if missing or unexpected:
-        raise UserError(f"{weights} does not hold the weights of {facts.get('architecture')} "
-                        f"({len(missing)} missing, {len(unexpected)} unknown): train it again")
+    _check_tensors(network, weights, facts)
+    network.backbone.load_state_dict(weights.all())
     return network, facts
 
 
-def rebuild(facts: dict, path: Path) -> Network:
-    """The architecture that a network's JSON describes, with random weights."""
+def rebuild(facts: dict, path: Path, empty: bool = False) -> Network:
+    """The architecture that a network's JSON describes, with random weights or, `empty`, without any (see build)."""
     try:
         resized = facts["input_size"] != facts["view_size"]
         model = Model(name=facts["architecture"], width=facts["width"], mean=tuple(facts["mean"]),
                       std=tuple(facts["std"]), input_size=facts["input_size"][0] if resized else None)
-        return build(model, len(facts["classes"]), facts["channels"], tuple(facts["view_size"]))
+        return build(model, len(facts["classes"]), facts["channels"], tuple(facts["view_size"]), empty)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{path}.json does not describe a network ({error}): restore it or train it again") from None
 
@@ -89,15 +83,45 @@ def read_teacher(folder: Path, recipe: Recipe, teacher: Teacher, data: DataSet, 
     return network, facts
 
 
+def open_teacher(folder: Path, recipe: Recipe, teacher: Teacher, data: DataSet,
+                 complete: bool) -> tuple[Network, Weights]:
+    """A trained teacher for ranks that must not hold all of it: the network, empty (see build), and its weights.
+
+    With the checks of read_teacher but for the weights' hash, which teacher_hash looks at.
+    """
+    path = _trained(folder, teacher)
+    facts, weights = read_json(path.with_name(path.name + ".json")), Weights(weights_of(path))
+    _check_teacher(facts, folder, recipe, teacher, data, complete)
+    network = rebuild(facts, path, empty=True)
+    _check_tensors(network, weights, facts)
+    return network, weights
+
+
 def teacher_hash(folder: Path, recipe: Recipe, teacher: Teacher, data: DataSet, complete: bool) -> str:
     """sha256 of a trained teacher's weights, with the checks of read_teacher, but without making the network."""
     path = _trained(folder, teacher)
-    facts, weights = read_json(path.with_name(path.name + ".json")), path.with_name(path.name + ".safetensors")
+    facts = read_json(path.with_name(path.name + ".json"))
     _check_teacher(facts, folder, recipe, teacher, data, complete)
-    if not weights.exists() or sha256(weights) != facts.get("sha256"):
-        raise UserError(f"{weights} is missing or not the file that {path.name}.json was written for (another sha256): "
-                        "restore it or train it again")
+    _check_hash(Weights(weights_of(path)), facts, path)
     return facts["sha256"]
+
+
+def _check_hash(weights: Weights, facts: dict, path: Path) -> None:
+    if weights.sha256() != facts.get("sha256"):
+        raise UserError(f"{weights.path} is not the file that {path.name}.json was written for (another sha256): restore "
+                        "it or train it again")
+
+
+def _check_tensors(network: Network, weights: Weights, facts: dict) -> None:
+    own, found = network.backbone.state_dict(), set(weights.names)
+    missing, unknown = [name for name in own if name not in found], [name for name in weights.names if name not in own]
+    if missing or unknown:
+        raise UserError(f"{weights.path} does not hold the weights of {facts.get('architecture')} "
+                        f"({len(missing)} missing, {len(unknown)} unknown): train it again")
+    for name, tensor in own.items():
+        if weights.shape(name) != list(tensor.shape):
+            raise UserError(f"{weights.path} holds {name} of shape {weights.shape(name)}, and {facts.get('architecture')} "
+                            f"needs {list(tensor.shape)}: train it again")
 
 
 def _trained(folder: Path, teacher: Teacher) -> Path:
@@ -125,8 +149,8 @@ def _few(ids: list | None) -> str:
 
 
 def copy_network(source: Path, target: Path) -> None:
-    """Copy a network's two files, the JSON last."""
+    """Copy a network's files to `target`, of the same name, the JSON last."""
     read_network(source)  # what is damaged is not handed on
-    for suffix in (".safetensors", ".json"):
-        content = source.with_name(source.name + suffix).read_bytes()
-        write_bytes(target.with_name(target.name + suffix), content)
+    weights = Weights(weights_of(source))
+    for path in dict.fromkeys([*weights.files, weights.path, source.with_name(source.name + ".json")]):
+        write_bytes(target.with_name(path.name), path.read_bytes())

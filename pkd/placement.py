@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pkd.errors import UserError, nearest
 from pkd.recipe import Recipe
 from pkd.schedule import BLOCK
+from pkd.shards import Group, needed_shards, shard_groups, wanted_shards
 
 SAMPLES_PER_RANK = 8  # fewer make batch statistics and kernels poor
 USABLE = 0.9  # of a device's memory; the rest is the driver's and the allocator's
@@ -16,11 +17,20 @@ USABLE = 0.9  # of a device's memory; the rest is the driver's and the allocator
 
 @dataclass(frozen=True)
 class Source:
-    """A rank that answers for teachers."""
+    """Who answers for some teachers: a rank that holds them whole, or several that hold them together."""
 
-    rank: int
+    rank: int  # that sends the soft targets
     teachers: tuple[str, ...]
-    load: float  # forward FLOPs per training sample
+    load: float  # forward FLOPs per training sample, on each of its ranks
+    group: tuple[int, ...] = ()  # the ranks that hold these teachers in shards, `rank` first; () if it holds them whole
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return self.group or (self.rank,)
+
+    @property
+    def where(self) -> str:
+        return f"ranks {self.group[0]}-{self.group[-1]}" if self.group else f"rank {self.rank}"
 
 
 @dataclass(frozen=True)
@@ -35,12 +45,21 @@ class Placement:
     def role(self, rank: int) -> str:
         return "student" if rank < self.student_ranks else "teacher"
 
+    def answers_for(self, rank: int) -> list[str]:
+        """The teachers that a rank holds, whole or in parts."""
+        return [name for source in self.sources if rank in source.ranks for name in source.teachers]
+
+    def shard_group(self, rank: int) -> Source | None:
+        """The source that this rank is one of the several ranks of, if any; a rank is in one such group at most."""
+        return next((source for source in self.sources if rank in source.group), None)
+
     def to_json(self) -> dict:
         return asdict(self)
 
     @staticmethod
     def from_json(tree: dict) -> "Placement":
-        sources = tuple(Source(s["rank"], tuple(s["teachers"]), s["load"]) for s in tree["sources"])
+        sources = tuple(Source(s["rank"], tuple(s["teachers"]), s["load"], tuple(s.get("group", ())))
+                        for s in tree["sources"])
         return Placement(tree["kind"], tree["world"], tree["student_ranks"], tree["accumulation"], sources,
                          tuple(tree.get("nodes", ())))
 
@@ -71,18 +90,55 @@ def place(recipe: Recipe, world: int, costs: dict[str, float], sizes: dict[str, 
     hosts = list(range(students, world)) if kind == "dedicated" else list(range(world))
     most = -(-recipe.distill.batch // BLOCK)  # a replica without a whole block of rows would idle
     room = [USABLE * known.memory[rank] for rank in hosts] if known.memory else None
-    loads = share_out(costs, len(hosts), wish.replicas, most, sizes, room)
-    if kind == "dedicated" and not all(teachers for teachers, _ in loads):
+    at = [known.nodes[rank] for rank in hosts] if known.nodes else [0] * len(hosts)
+    groups, loads = _shard_and_share(recipe, kind, costs, most, sizes or {}, room or [float("inf")] * len(hosts), at)
+    busy = {rank for group in groups for rank in group.ranks} | {rank for rank, (names, _) in enumerate(loads) if names}
+    if kind == "dedicated" and len(busy) < len(hosts):
         raise UserError(f"{len(hosts)} teacher ranks were asked for, but a batch of {recipe.distill.batch} keeps only "
-                        f"{sum(bool(t) for t, _ in loads)} of them busy ({len(costs)} teachers, {most} block(s) of "
+                        f"{len(busy)} of them busy ({len(costs)} teachers, {most} block(s) of "
                         f"{BLOCK} rows each): start fewer ranks, or raise placement.student_ranks or distill.batch")
-    sources = tuple(Source(rank, tuple(teachers), load) for rank, (teachers, load) in zip(hosts, loads) if teachers)
-    return Placement(kind, world, students, accumulation, sources, known.nodes)
+    sources = [Source(hosts[group.ranks[0]], tuple(group.teachers), sum(costs[name] for name in group.teachers),
+                      tuple(hosts[rank] for rank in group.ranks)) for group in groups]
+    sources += [Source(rank, tuple(teachers), load) for rank, (teachers, load) in zip(hosts, loads) if teachers]
+    return Placement(kind, world, students, accumulation, tuple(sources), known.nodes)
+
+
+def _shard_and_share(recipe: Recipe, kind: str, costs: dict[str, float], most: int, sizes: dict[str, int],
+                     room: list[float], nodes: list[int]) -> tuple[list[Group], list[tuple[list[str], float]]]:
+    """Groups of ranks for teachers in shards, and what share_out gives for all others.
+
+    On dedicated ranks a teacher that none can hold is sharded without being asked for, over the fewest ranks that fit.
+    """
+    counts = wanted_shards(recipe.placement, kind, list(costs), len(room))
+    asked = recipe.placement.shards
+    needed = needed_shards({n: sizes.get(n, 0) for n in costs if n not in asked}, room) if kind == "dedicated" else {}
+    counts |= {name: count for name, count in needed.items() if count <= len(room)}
+    while True:
+        groups = shard_groups(counts, sizes, room, nodes)
+        if groups is not None:
+            free, load = list(room), [0.0] * len(room)
+            for group in groups:
+                for rank in group.ranks:
+                    free[rank] -= sum(sizes.get(name, 0) / counts[name] for name in group.teachers)
+                    load[rank] += sum(costs[name] for name in group.teachers)
+            whole = {name: cost for name, cost in costs.items() if name not in counts}
+            try:
+                return groups, share_out(whole, len(room), recipe.placement.replicas, most, sizes, free, load)
+            except UserError:
+                if not any(counts[name] < len(room) for name in needed if name in counts):
+                    raise
+        growing = [name for name in needed if counts.get(name, len(room)) < len(room)]
+        if not growing:
+            raise UserError(f"{', '.join(counts)} in {', '.join(map(str, counts.values()))} shards need "
+                            f"{max(sizes.get(n, 0) / counts[n] for n in counts) / 2**30:.2f} GiB a rank and groups of ranks "
+                            f"of their own, but there are {len(room)} rank(s) for teachers with room for "
+                            f"{max(room) / 2**30:.2f} GiB at most: start more ranks, or change placement.shards")
+        counts[max(growing, key=lambda name: sizes[name] / counts[name])] += 1
 
 
 def without_teachers(recipe: Recipe) -> Recipe:
-    """The recipe to place where soft targets come from an archive: no teacher has replicas."""
-    return recipe.model_copy(update={"placement": recipe.placement.model_copy(update={"replicas": {}})})
+    """The recipe to place where soft targets come from an archive: no teacher has replicas or shards."""
+    return recipe.model_copy(update={"placement": recipe.placement.model_copy(update={"replicas": {}, "shards": {}})})
 
 
 def describe(placement: Placement) -> str:
@@ -91,8 +147,10 @@ def describe(placement: Placement) -> str:
     lines = [f"{placement.kind}: students on {students} of {placement.world}"]
     several = len(set(placement.nodes)) > 1
     for source in placement.sources:
-        where = f" (node {placement.nodes[source.rank]})" if several else ""
-        lines.append(f"  rank {source.rank}{where}: {', '.join(source.teachers)}")
+        at = sorted({placement.nodes[rank] for rank in source.ranks}) if several else []
+        where = f" (node{'s' * (len(at) > 1)} {', '.join(map(str, at))})" if several else ""
+        shards = f" in {len(source.group)} shards" if source.group else ""
+        lines.append(f"  {source.where}{where}: {', '.join(source.teachers)}{shards}")
     return "\n".join(lines)
 
 
@@ -106,18 +164,20 @@ def check_batch(batch: int, ranks: int, accumulation: int) -> None:
 
 
 def share_out(costs: dict[str, float], ranks: int, fixed: dict[str, int], most: int,
-              sizes: dict[str, int] | None = None, room: list[float] | None = None) -> list[tuple[list[str], float]]:
-    """Teachers and load of each of `ranks` ranks: longest first onto the least loaded rank, heavy ones replicated.
+              sizes: dict[str, int] | None = None, room: list[float] | None = None,
+              load: list[float] | None = None) -> list[tuple[list[str], float]]:
+    """Teachers and their load of each of `ranks` ranks: longest first onto the least loaded rank, heavy ones replicated.
 
     The heaviest share is split over one rank more as long as that lowers the highest load, up to `most` replicas a
     teacher; `fixed` sets the number for some. Ties go to the first teacher and the lowest rank. No rank gets more bytes
-    of teachers than its `room`.
+    of teachers than its `room`; `load` is what a rank does besides.
     """
+    besides = load or [0.0] * ranks
     for name, count in fixed.items():
         if count > min(ranks, most):
             raise UserError(f"placement.replicas.{name} asks for {count} ranks, but at most {min(ranks, most)} can "
                             f"share its rows ({ranks} rank(s) for teachers, blocks of {BLOCK} rows)")
-    shelves = _Shelves(costs, sizes or {}, room or [float("inf")] * ranks)
+    shelves = _Shelves(costs, sizes or {}, room or [float("inf")] * ranks, besides)
     replicas = {name: fixed.get(name, 1) for name in costs}
     best = shelves.fill(replicas)
     if best is None:
@@ -131,19 +191,23 @@ def share_out(costs: dict[str, float], ranks: int, fixed: dict[str, int], most: 
         trial = shelves.fill(replicas)
         if trial is None:
             break
-        idle = any(not teachers for teachers, _ in best)
-        if idle or max(load for _, load in trial) < 0.95 * max(load for _, load in best):
+        idle = any(not teachers and not other for (teachers, _), other in zip(best, besides))
+        if idle or shelves.highest(trial) < 0.95 * shelves.highest(best):
             best = trial
     return best
 
 
 @dataclass(frozen=True)
 class _Shelves:
-    """Ranks that teachers are put on; room: bytes of each."""
+    """Ranks that teachers are put on; room: bytes of each; besides: its other load."""
 
     costs: dict[str, float]
     sizes: dict[str, int]
     room: list[float]
+    besides: list[float]
+
+    def highest(self, loads: list[tuple[list[str], float]]) -> float:
+        return max(load + other for (_, load), other in zip(loads, self.besides))
 
     def fill(self, replicas: dict[str, int]) -> list[tuple[list[str], float]] | None:
         """Longest first; where that leaves a large teacher without room, largest first; None if neither fits."""
@@ -153,7 +217,7 @@ class _Shelves:
 
     def _in_order(self, names: list[str], replicas: dict[str, int]) -> list[tuple[list[str], float]] | None:
         hosted: list[list[str]] = [[] for _ in self.room]
-        load, free = [0.0] * len(self.room), list(self.room)
+        load, free = list(self.besides), list(self.room)
         for name in names:
             size = self.sizes.get(name, 0)
             fitting = sorted((rank for rank in range(len(free)) if free[rank] >= size), key=lambda r: load[r])
@@ -164,15 +228,15 @@ class _Shelves:
                 load[rank] += self.costs[name] / replicas[name]
                 free[rank] -= size
         order = {name: index for index, name in enumerate(self.costs)}
-        return [(sorted(names, key=order.__getitem__), total) for names, total in zip(hosted, load)]
+        return [(sorted(names, key=order.__getitem__), sum(self.costs[n] / replicas[n] for n in names)) for names in hosted]
 
     def why_not(self, replicas: dict[str, int]) -> str:
         needed = sum(self.sizes.get(name, 0) * replicas[name] for name in self.costs)
         largest = max(self.costs, key=lambda n: self.sizes.get(n, 0))
         return (f"the teachers' weights need {needed / 2**30:.2f} GiB (the largest, {largest}, "
                 f"{self.sizes[largest] / 2**30:.2f}), but the {len(self.room)} rank(s) for teachers have room for "
-                f"{sum(self.room) / 2**30:.2f} GiB in all and {max(self.room) / 2**30:.2f} at most: start more ranks, or "
-                "lower placement.student_ranks or placement.replicas")
+                f"{sum(self.room) / 2**30:.2f} GiB in all and {max(self.room) / 2**30:.2f} at most: start more ranks, "
+                "lower placement.student_ranks or placement.replicas, or set placement.shards")
 
 
 def _kind_and_students(recipe: Recipe, world: int, teachers: int) -> tuple[str, int]:

@@ -23,18 +23,17 @@ def plan(recipe: Recipe, world: int, console: Console) -> dict:
                    for level in recipe.pyramid)
     pyramid = build_pyramid(levels, data.classes, recipe.seed)
     fixed = constants(recipe, pyramid.levels)
-    names = asked(recipe.objective.kind, pyramid)
+    wanted = asked(recipe.objective.kind, pyramid)
     if recipe.soft_targets == "archive":
         placement = place(without_teachers(recipe), world, {})
     else:
-        placement = place(recipe, world, *teacher_costs(recipe, pyramid, data, names, fixed.own))
+        placement = place(recipe, world, *teacher_costs(recipe, pyramid, data, wanted, fixed.own))
     sizes = {t.name: forward_flops(t.model, len(t.classes), data.channels, data.size)[1] for t in pyramid.teachers}
     students = [forward_flops(s.model, len(data.classes), data.channels, data.size) for s in recipe.students]
     step_flops = FORWARD_AND_BACKWARD * sum(flops for flops, _ in students)
     config = load_ds_config(recipe.deepspeed.students)
     persistent = student_bytes(sum(count for _, count in students), config, placement.student_ranks,
                                max(_states(s) for s in recipe.students))
-    sources = {source.rank: source for source in placement.sources}
     table = Table(title=f"{recipe.name} on {world} rank(s): {placement.kind}, ZeRO {stage(config)} {precision(config)}")
     for column in ("rank", "trains", "answers for", "MFLOP/step", "MB of weights and states"):
         table.add_column(column, justify="left" if column in ("trains", "answers for") else "right")
@@ -43,13 +42,16 @@ def plan(recipe: Recipe, world: int, console: Console) -> dict:
     for rank in range(world):
         trains = rank < placement.student_ranks
         samples = shares[rank].stop - shares[rank].start if trains else 0
-        source = sources.get(rank)
-        flops = samples * step_flops + (source.load * recipe.distill.batch if source else 0)
-        size = (persistent if trains else 0) + sum(4 * sizes[name] for name in (source.teachers if source else ()))
+        sources = [source for source in placement.sources if rank in source.ranks]
+        names = [f"{name} (1/{len(source.group)})" if source.group else name
+                 for source in sources for name in source.teachers]
+        flops = samples * step_flops + sum(source.load for source in sources) * recipe.distill.batch
+        size = (persistent if trains else 0) + sum(4 * sizes[name] / len(source.ranks) for source in sources
+                                                   for name in source.teachers)
         ranks.append({"rank": rank, "role": placement.role(rank), "samples": samples, "flops_per_step": flops,
-                      "teachers": list(source.teachers) if source else [], "bytes": size})
+                      "teachers": placement.answers_for(rank), "bytes": size})
         table.add_row(str(rank), f"{len(students)} students on {samples} samples" if trains else "",
-                      ", ".join(source.teachers) if source else "", f"{flops / 1e6:,.1f}", f"{size / 1e6:,.2f}")
+                      ", ".join(names), f"{flops / 1e6:,.1f}", f"{size / 1e6:,.2f}")
     console.show(table)
     busiest = max(ranks, key=lambda r: r["flops_per_step"])
     console.say(f"every step waits for rank {busiest['rank']} ({busiest['role']}); "

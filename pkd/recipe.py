@@ -182,6 +182,8 @@ class Placement(Section):
     kind: Literal["auto", "single", "co-located", "dedicated"] = "auto"
     student_ranks: Whole | None = None  # dedicated only
     replicas: dict[str, Whole] = {}  # teacher -> ranks that share its routes; others get spare ranks by cost
+    # teacher -> ranks that hold its weights together; others are whole, or on dedicated ranks over as few as hold them
+    shards: dict[str, Whole] = {}
     accumulation: Whole = 1  # micro batches per optimizer step on each student rank
 
 
@@ -189,7 +191,8 @@ class DeepSpeed(Section):
     """Names of files in ds_configs/, or paths of your own."""
 
     students: str = "zero1"
-    teachers: str = "zero1"
+    teachers: str = "zero1"  # while they are trained
+    shards: str = "teacher-zero3"  # of frozen teachers that several ranks hold together
 
 
 class Timeouts(Section):

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pkd.ds_config import load_ds_config, precision
+from pkd.ds_config import check_shards, load_ds_config, precision
 from pkd.errors import UserError, nearest
 from pkd.recipe import Recipe, part
 from pkd.shipped import is_file, shipped_file, shipped_names
@@ -38,6 +38,7 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         override(tree, text)
     recipe = parse_recipe(tree, name)
     identity(recipe)  # reads the DeepSpeed configurations that the recipe names
+    check_shards(load_ds_config(recipe.deepspeed.shards), recipe.deepspeed.shards)
     return recipe
 
 

@@ -1,4 +1,4 @@
-"""Frozen teachers on the rank that answers for them."""
+"""Frozen teachers on the ranks that answer for them."""
 
 import numpy as np
 import torch
@@ -6,6 +6,7 @@ import torch
 from pkd.models import Network
 from pkd.row_format import RowFormat
 from pkd.schedule import BLOCK, Routes
+from pkd.sharded import ShardedNetwork
 from pkd.views import Views
 
 
@@ -15,17 +16,17 @@ class TeacherHost:
     networks: index into pyramid.teachers -> network. Teachers always run in blocks of BLOCK rows, the last one padded:
     with other numbers of rows the same image's logits differ in their last bits, and placements would no longer agree.
     formats: how each teacher's rows are rounded beyond fp16; without any they are left as they are.
+    sends: whether this rank's answers are used; of the ranks that hold a teacher together, the first one's are.
     """
 
-    def __init__(self, source: int, networks: dict[int, Network], views: Views, device: torch.device, bf16: bool,
-                 formats: dict[int, RowFormat] | None = None):
+    def __init__(self, source: int, networks: dict[int, Network | ShardedNetwork], views: Views, device: torch.device,
+                 bf16: bool, formats: dict[int, RowFormat] | None = None, sends: bool = True):
         self.formats = {index: form for index, form in (formats or {}).items() if not form.plain}
-        self.source, self.views, self.device = source, views, device
+        self.source, self.views, self.device, self.sends = source, views, device, sends
         self.networks = {}
         for index, network in networks.items():
-            # Measured on a CPU with bf16 units: of a ResNet's forward, fp32 is fastest as it is, bf16 channels last.
-            network = network.to(torch.bfloat16).use_channels_last() if bf16 else network
-            self.networks[index] = network.to(device).eval().requires_grad_(False)
+            whole = isinstance(network, Network)
+            self.networks[index] = in_dtype(network, bf16).to(device).eval().requires_grad_(False) if whole else network
 
     def answer(self, routes: Routes, ids: np.ndarray, epoch: int, flat: torch.Tensor) -> None:
         """Write this source's soft targets of one step into its slice of `flat`, fp16 on the host.
@@ -41,20 +42,28 @@ class TeacherHost:
                 continue
             asked = torch.from_numpy(np.searchsorted(positions, routes.position[rows]))
             logits = centred(self.forward(network, images[asked]))
+            if not self.sends:
+                continue
             if index in self.formats:
                 form = self.formats[index]
                 logits = form.decode(form.encode(logits.cpu()))
             start = int(routes.offset[rows[0]])
             flat[start:start + logits.numel()].view(logits.shape).copy_(logits)
 
-    def forward(self, network: Network, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, network: Network | ShardedNetwork, images: torch.Tensor) -> torch.Tensor:
         """Logits of any number of images, fp32 [images, classes of the teacher]."""
         parts = []
-        with torch.inference_mode():
+        # DeepSpeed exchanges the data of parameters, which inference mode forbids.
+        with torch.inference_mode() if isinstance(network, Network) else torch.no_grad():
             for block in images.split(BLOCK):
                 padding = block.new_zeros((BLOCK - len(block), *block.shape[1:]))
                 parts.append(network(torch.cat([block, padding]).to(self.device))[:len(block)].float())
         return torch.cat(parts)
+
+
+def in_dtype(network: Network, bf16: bool) -> Network:
+    """The network as it answers: in fp32 as it is, in bf16 channels last, the faster ways for a ResNet on a CPU."""
+    return network.to(torch.bfloat16).use_channels_last() if bf16 else network
 
 
 def centred(logits: torch.Tensor) -> torch.Tensor:
