@@ -62,10 +62,11 @@ class ShardedNetwork:
         for place, module in backbone.named_modules():
             own = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
             for key, empty in own.items():
-                real = torch.empty(empty.shape, dtype=empty.dtype, device=device)
+                values = torch.empty(empty.shape, dtype=empty.dtype, device=device)
                 if dist.get_rank() == 0:
-                    real.copy_(weights.read(f"{place}.{key}" if place else key))
-                module._parameters[key] = nn.Parameter(real, requires_grad=False)
+                    values.copy_(weights.read(f"{place}.{key}" if place else key))
+                module._parameters[key] = nn.Parameter(values, requires_grad=False)
+                del values  # or they outlive their partition
                 # Broadcasts the first rank's values, keeps this rank's part and frees the rest.
                 deepspeed.zero.Init(module=nn.ParameterList([module._parameters[key]]), config_dict_or_path=config)
                 self.waits(self.name)

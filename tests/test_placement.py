@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pkd.errors import UserError
-from pkd.placement import SAMPLES_PER_RANK, Placement, check_batch, place, share_out
+from pkd.placement import SAMPLES_PER_RANK, USABLE, Placement, Ranks, check_batch, place, share_out
 from pkd.recipe import Recipe
 from pkd.recipe_file import parse_recipe
 from pkd.schedule import BLOCK
@@ -102,6 +102,43 @@ def test_teacher_ranks_are_refused_only_if_there_are_not_enough_shares_for_them(
         assert not feasible and f"{hosts} teacher ranks were asked for" in str(refusal)
 
 
+@given(data=st.data(), hosts=st.integers(2, 9), costs=costs_of(least=2))
+@quick
+def test_a_teacher_in_shards_has_consecutive_ranks_and_no_rank_is_in_two_groups(data, hosts, costs):
+    """Asked for or needed; no rank holds more than it has room for, and every teacher is somewhere, once or replicated."""
+    sizes = {name: data.draw(st.integers(1, 40)) for name in costs}
+    asked = {name: data.draw(st.integers(1, hosts)) for name in data.draw(st.sets(st.sampled_from(sorted(costs))))}
+    nodes = tuple(rank // 4 for rank in range(hosts + 1))
+    room = data.draw(st.integers(10, 60))
+    try:
+        placement = place(recipe(kind="dedicated", student_ranks=1, shards=asked), hosts + 1, costs, sizes,
+                          Ranks((int(room / USABLE) + 1,) * (hosts + 1), nodes))
+    except UserError:
+        return
+    groups = {source.group for source in placement.sources if source.group}
+    assert all(group == tuple(range(group[0], group[0] + len(group))) and group[0] >= 1 for group in groups)
+    assert len({rank for group in groups for rank in group}) == sum(map(len, groups))
+    for name in costs:
+        sources = [source for source in placement.sources if name in source.teachers]
+        assert sources and (len(sources) == 1 or not any(source.group for source in sources))
+        assert name not in asked or len(sources[0].ranks) == asked[name]
+    for rank in range(1, hosts + 1):
+        held = sum(sizes[name] / len(source.ranks) for source in placement.sources if rank in source.ranks
+                   for name in source.teachers)
+        assert 0 < held <= room + 1
+    assert Placement.from_json(json.loads(json.dumps(placement.to_json()))) == placement
+
+
+def test_a_teacher_that_no_rank_can_hold_is_sharded_over_the_fewest_that_can_on_one_node():
+    costs, sizes = {"top": 2.0, "left": 1.0, "right": 1.0}, {"top": 25, "left": 2, "right": 2}
+    known = Ranks((int(10 / USABLE) + 1,) * 8, (0, 0, 0, 0, 1, 1, 1, 1))
+    placement = place(recipe(512, kind="dedicated", student_ranks=2), 8, costs, sizes, known)
+    top = next(source for source in placement.sources if "top" in source.teachers)
+    assert (top.group, top.rank, top.where) == ((4, 5, 6), 4, "ranks 4-6"), "ranks 2-4 are on two nodes"
+    assert placement.shard_group(5) == top and placement.shard_group(3) is None
+    assert placement.answers_for(6)[0] == "top"
+
+
 @given(data=st.data(), world=st.integers(1, 8), costs=costs_of())
 @quick
 def test_placement_is_deterministic_and_survives_json(data, world, costs):
@@ -162,6 +199,16 @@ REFUSED = {
         recipe(kind="co-located", replicas={"top": 5}), 4, TWO, ["replicas.top", "5 ranks", "at most 4"]),
     "replicas without blocks": (
         recipe(64, kind="co-located", replicas={"top": 3}), 4, TWO, ["replicas.top", "3 ranks", "at most 2"]),
+    "shards of nobody": (recipe(kind="dedicated", shards={"topp": 2}), 4, TWO, ["'topp'", "mean 'top'"]),
+    "few co-located shards": (
+        recipe(kind="co-located", shards={"top": 2}), 4, TWO, ["shards.top is 2", "among 4 co-located", "set it to 4"]),
+    "shards without ranks": (
+        recipe(kind="dedicated", student_ranks=2, shards={"top": 3}), 4, TWO, ["shards.top is 3", "2 rank(s)"]),
+    "shards in one process": (recipe(kind="single", shards={"top": 2}), 1, TWO, ["shards.top is 2", "1 rank(s)"]),
+    "shards and replicas": (recipe(kind="dedicated", student_ranks=1, shards={"top": 2}, replicas={"top": 2}), 4, TWO,
+                            ["shards.top is 2", "replicas.top is 2"]),
+    "shards of other numbers": (recipe(kind="dedicated", student_ranks=1, shards={"top": 2, "left": 3}), 4, TWO,
+                                ["3 rank(s) for teachers", "in 2, 3 shards"]),
     "idle teacher ranks": (
         recipe(32, kind="dedicated", student_ranks=1), 6, TWO, ["5 teacher ranks", "batch of 32", "2 of them"]),
 }

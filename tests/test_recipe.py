@@ -196,7 +196,9 @@ SHIPPED = sorted((Path(__file__).resolve().parent.parent / "ds_configs").glob("*
 def test_every_shipped_deepspeed_configuration_is_what_its_name_says(path):
     config = load_ds_config(path.stem)
     assert config == load_ds_config(str(path))
-    assert stage(config) == int(path.stem[4]) and precision(config) == (path.stem.partition("-")[2] or "fp32")
+    name = path.stem.removeprefix("teacher-").removesuffix("-offload")
+    assert stage(config) == int(name[4]) and precision(config) == (name.partition("-")[2] or "fp32")
+    assert ("offload_param" in config["zero_optimization"]) == path.stem.endswith("-offload")
 
 
 @pytest.mark.parametrize(("text", "words"), [

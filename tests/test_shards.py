@@ -1,9 +1,17 @@
 """Teachers that no rank can hold: several ranks hold one together, and nothing else changes."""
 
+import os
 import time
 
 import pytest
-from ranks import Ranks, refused, run, students, trace, wait_for_step
+import torch
+import torch.multiprocessing as mp
+from live_storages import live_storages, storages
+from ranks import Ranks, free_port, refused, run, students, trace, wait_for_step
+
+from pkd.models import build
+from pkd.recipe import Model, Timeouts
+from pkd.weights_file import write_weights
 
 DEDICATED, CO_LOCATED = "placement.kind=dedicated", "placement.kind=co-located"
 ONE_STUDENT = "placement.student_ranks=1"
@@ -19,11 +27,11 @@ def test_losses_are_equal_bit_for_bit_whether_a_teacher_is_whole_or_in_shards(ti
     """Invariant 1: on ranks of its own, by itself and beside whole teachers, offloaded or not, and on all ranks."""
     whole = distilled(2, tiny, new_run("whole"), DEDICATED)
     assert distilled(3, tiny, new_run("apart"), DEDICATED, ONE_STUDENT, "placement.shards.level0=2") == whole
-    assert distilled(3, tiny, new_run("all"), DEDICATED, ONE_STUDENT, "deepspeed.shards=teacher-zero3-offload",
-                     "placement.shards={level0: 2, level1-0: 2, level1-1: 2, level2-0: 2, level2-1: 2, level2-2: 2}") == whole
+    every = "placement.shards={level0: 2, level1-0: 2, level1-1: 2, level2-0: 2, level2-1: 2, level2-2: 2}"
+    assert distilled(3, tiny, new_run("every teacher"), DEDICATED, ONE_STUDENT, every,
+                     "deepspeed.shards=teacher-zero3-offload") == whole
     both = distilled(2, tiny, new_run("co-located"), CO_LOCATED)
-    assert distilled(2, tiny, new_run("over all"), CO_LOCATED, "placement.shards.level0=2",
-                     "deepspeed.students=zero1") == both
+    assert distilled(2, tiny, new_run("over all"), CO_LOCATED, "placement.shards.level0=2") == both
 
 
 def test_a_killed_rank_of_a_shard_group_ends_the_job_and_it_comes_to_the_same_students(tiny, new_run):
@@ -50,3 +58,51 @@ def test_what_cannot_be_sharded_is_refused(tiny, new_run, world, overrides, word
     folder, teachers_from = new_run("run")
     sentence = refused(world, "distill", tiny, "--run-folder", folder, teachers_from, *overrides)
     assert all(word in sentence for word in words), sentence
+
+
+def worker(rank, port, folder):
+    """One of two ranks that hold a network together; leaves what it measured, in bytes."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    from pkd.ds_config import load_ds_config
+    from pkd.launcher import read_launch
+    from pkd.models import build
+    from pkd.sharded import ShardedNetwork
+    from pkd.weights_file import Weights
+    from pkd.world import World
+
+    world = World(read_launch(os.environ), Timeouts(start=60))
+    world.join_island("shards", [0, 1])
+    images = torch.load(folder / "images", weights_only=True)
+    before, while_loading = live_storages(), []
+    network = ShardedNetwork(build(BIG, 10, 1, (8, 8), empty=True), Weights(folder / "w.safetensors.index.json"),
+                             load_ds_config("teacher-zero3"), world.device, "ranks 0-1",
+                             lambda group: while_loading.append(live_storages() - before))
+    with torch.no_grad():
+        logits = [network(images) for _ in range(3)]  # the first forward records in which order weights are needed
+    torch.save({"logits": logits, "resident": live_storages() - before - storages(logits), "loading": max(while_loading)},
+               folder / f"found-{rank}")
+    network.close()
+    world.close()
+
+
+BIG = Model(name="pkd_resnet_l", width=2)  # 5 MB
+
+
+def test_a_rank_holds_its_part_of_the_weights_and_never_all_of_them(tmp_path):
+    """Measured as live storages; and the logits are those of the whole network, bit for bit."""
+    torch.manual_seed(0)
+    whole = build(BIG, 10, 1, (8, 8)).eval()
+    state = whole.backbone.state_dict()
+    size, largest = storages(state.values()), max(tensor.nbytes for tensor in state.values())
+    write_weights(tmp_path / "w", state, most=size // 3)
+    images = torch.randint(0, 256, (32, 1, 8, 8), dtype=torch.uint8)
+    torch.save(images, tmp_path / "images")
+    with torch.inference_mode():
+        expected = whole(images)
+    mp.spawn(worker, (free_port(), tmp_path), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"found-{rank}", weights_only=True)
+        assert all(torch.equal(logits, expected) for logits in found["logits"])
+        assert size / 2 < found["resident"] < 0.55 * size, (size, found)
+        assert found["loading"] < size / 2 + 2 * largest + size / 20, (size, found)
