@@ -1,0 +1,32 @@
+"""`pkd bench`: programs take turns, and are compared run by run."""
+
+from ranks import refused, run
+
+from pkd.bench import Program, ratio, spread, take_turns
+
+
+def test_programs_take_turns_forwards_and_backwards_and_ratios_are_of_one_round():
+    order, speed = [], iter([10.0, 20.0, 40.0, 80.0, 5.0, 20.0])  # in the order of the runs
+
+    def program(name):
+        return Program(name, lambda: order.append(name) or next(speed))
+    rates = take_turns([program("a"), program("b")], 3, lambda text: None)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert rates == {"a": [10.0, 80.0, 5.0], "b": [20.0, 40.0, 20.0]}
+    assert ratio(rates, "a", "b") == (0.25, 0.5, 2.0)
+    assert spread([3.0, 1.0, 2.0, 4.0]) == (1.0, 2.0, 4.0)
+
+
+def test_bench_compares_students_alone_teachers_and_archive_and_leaves_nothing(tiny, taught, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in taught.rglob("*")}
+    said = run(1, "bench", tiny, f"teachers_from={taught}", "views.finite=2", "--rounds", 1, "--steps", 4,
+               env=lambda rank: {"TMPDIR": str(tmp_path)})[0].out
+    line = next(line for line in said.splitlines() if line.startswith("round 1 of 1"))
+    assert all(f"{name} " in line for name in ("students alone", "online", "archive")) and "0.0 img/s" not in line.split()
+    assert before == {path: path.stat().st_mtime_ns for path in taught.rglob("*")}
+    assert not list(tmp_path.glob("pkd-*"))
+
+
+def test_a_bench_that_cannot_run_says_why_in_one_sentence(tiny, tmp_path):
+    said = refused(1, "bench", tiny, "objective.kind=composed", "pyramid.1.classes=[[0,1,2]]", "--rounds", 1)
+    assert "pyramid.1" in said
