@@ -36,6 +36,8 @@ def teach_along(setup: Setup, epoch: int, first: int) -> str:
         ballot.open(first, last)
         for step in range(first, last):
             job.beat(f"epoch {epoch}", step)
+            if setup.sends_views and not receive_views(setup, epoch, step, last):
+                break
             exchange.fill(epoch, step)  # may run ahead of the students; only sending needs their consent
             job.watchdog.waits("the ballot of all ranks")
             if not ballot.permit(step):
@@ -51,6 +53,21 @@ def teach_along(setup: Setup, epoch: int, first: int) -> str:
             return "stopped"
         epoch, first = epoch + 1, 0
     return "finished"
+
+
+def receive_views(setup: Setup, epoch: int, step: int, last: int) -> bool:
+    """Wait for a step's views while the next step's are on their way; False if the ranks agreed not to run the step."""
+    job, ballot, exchange = setup.job, setup.ballot, setup.exchange
+    job.watchdog.waits("the ballot of all ranks")
+    if not ballot.permit(step):
+        return False
+    exchange.begin(epoch, step)
+    if step + 1 < last and ballot.permit(step + 1):
+        exchange.begin(epoch, step + 1)
+    job.watchdog.waits("the students' views")
+    exchange.await_views(step)
+    job.watchdog.works()
+    return True
 
 
 class Distillation:
@@ -90,8 +107,7 @@ class Distillation:
         began = time.perf_counter()
         ballot.open(first, last)
         for step in range(first, min(first + window, last)):
-            exchange.fill(epoch, step)
-            exchange.send(step)
+            self.post(epoch, step)
         for step in range(first, last):
             job.beat(f"epoch {epoch}", step, "the ballot of all ranks")
             if not ballot.permit(step):
@@ -100,8 +116,7 @@ class Distillation:
             ahead = step + window
             if ahead < last and ballot.permit(ahead):
                 job.watchdog.works()
-                exchange.fill(epoch, ahead)
-                exchange.send(ahead)
+                self.post(epoch, ahead)
             job.watchdog.waits("soft targets")
             waited = time.perf_counter()
             routes, flat = exchange.take(step)
@@ -125,6 +140,17 @@ class Distillation:
         setup.refuse_broken(epoch, votes.broken, -broken)
         return votes.stop
 
+    def post(self, epoch: int, step: int) -> None:
+        """Everything of a step that may be done before the students compute it."""
+        exchange = self.setup.exchange
+        if self.setup.sends_views:
+            exchange.begin(epoch, step)
+            self.job.watchdog.waits("the other students' views")
+            exchange.await_views(step)
+            self.job.watchdog.works()
+        exchange.fill(epoch, step)
+        exchange.send(step)
+
     def train_step(self, epoch: int, step: int, routes, flat: torch.Tensor) -> None:
         """One optimizer step: every micro batch of this rank."""
         setup, engine = self.setup, self.engine
@@ -135,7 +161,8 @@ class Distillation:
         losses = 0
         for index, micro in enumerate(self.micro):
             mine = torch.from_numpy(ids[micro])
-            images = setup.views.batch(mine, epoch).to(self.device, non_blocking=True)
+            images = setup.exchange.views_of(step, micro) if setup.sends_views else setup.views.batch(mine, epoch)
+            images = images.to(self.device, non_blocking=True)
             labels = setup.labels[mine].to(self.device, non_blocking=True)
             levels = setup.unpacker.unpack(routes, flat, micro, self.device)
             # Dropout and the like: the same draws however the run was interrupted.

@@ -28,6 +28,7 @@ from pkd.sharded import ShardedNetwork
 from pkd.targets import Unpacker
 from pkd.teacher import TeacherHost, in_dtype
 from pkd.views import Views
+from pkd.wire import choose
 
 EXAMPLES = 8  # samples whose views the ranks compare
 
@@ -54,6 +55,7 @@ class Setup:
         self.placement = self._place()
         self.role = self.placement.role(world.rank)
         job.watchdog.role = self.role
+        self.sends_views = recipe.teacher_views == "sent" and not self.archive and bool(self.asked)
         self.unpacker = Unpacker(job.pyramid, self.asked)
         self.ballot = Ballot(world.bridge("ballot", list(range(world.size))), recipe.window, recipe.ballot_every)
         self._join_island()
@@ -95,9 +97,13 @@ class Setup:
         if not self.job.recipe.compare_views:
             return
         examples = torch.from_numpy(self.schedule.order(epoch)[:EXAMPLES].copy())
-        mine = self.views.checksum(examples, epoch)
+        unseen = self.sends_views and self.role == "teacher"  # it sees what the student ranks send
+        mine = [float("-inf")] * 2
+        if not unseen:
+            mine[0] = self.views.checksum(examples, epoch)
+            mine[1] = -mine[0]
         self.job.beat(f"epoch {epoch}: comparing views", 0, "the ballot of all ranks")
-        largest, smallest = self.ballot.maximum([mine, -mine])
+        largest, smallest = self.ballot.maximum(mine)
         if largest != -smallest:
             raise UserError(f"ranks see different views of the same {EXAMPLES} samples in epoch {epoch} (checksums from "
                             f"{int(-smallest):08x} to {int(largest):08x}): give every node the same data and the same "
@@ -184,9 +190,19 @@ class Setup:
     def _exchange(self) -> Exchange:
         names = [teacher.name for teacher in self.job.pyramid.teachers]
         sources = [[names.index(name) for name in source.teachers] for source in self.placement.sources]
-        router = Router(self.job.pyramid, sources, self.constants.own)
-        return Exchange(self.job.world, self.placement, self.schedule, router, self.labels.numpy(), self.job.recipe.window,
-                        self._hosts(sources))
+        recipe, world = self.job.recipe, self.job.world
+        together = [source for source in self.placement.sources if source.group]
+        if self.sends_views and together:
+            raise UserError(f"teacher_views is sent, but {', '.join(together[0].teachers)} lies in shards on "
+                            f"{together[0].where}, which rebuild their views: set teacher_views to rebuilt")
+        logits = Router(self.job.pyramid, sources, self.constants.own).largest(self.schedule.batch)
+        kind, why = choose(recipe.exchange, self.placement, logits)
+        if world.size > 1 and sources:
+            self.job.console.say(why)
+        parts = self.placement.student_ranks if kind == "direct" else 1
+        router = Router(self.job.pyramid, sources, self.constants.own, parts)
+        return Exchange(world, self.placement, self.schedule, router, self.labels.numpy(), recipe.window,
+                        self._hosts(sources), kind, self.views if self.sends_views else None)
 
     def _hosts(self, sources: list[list[int]]) -> list[TeacherHost]:
         world, bf16 = self.job.world, self.job.recipe.teachers.forward == "bf16"

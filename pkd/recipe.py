@@ -202,8 +202,8 @@ class Timeouts(Section):
 
 
 class Recipe(Section):
-    FREE: ClassVar = ("name", "placement", "deepspeed", "window", "ballot_every", "timeouts", "threads", "trace",
-                      "checkpoint_minutes", "compare_views", "teachers_from", "soft_targets")
+    FREE: ClassVar = ("name", "placement", "deepspeed", "window", "ballot_every", "exchange", "teacher_views",
+                      "timeouts", "threads", "trace", "checkpoint_minutes", "compare_views", "teachers_from", "soft_targets")
     name: Name
     seed: Seed = 0
     data: Data
@@ -222,6 +222,10 @@ class Recipe(Section):
     deepspeed: DeepSpeed = DeepSpeed()
     window: Annotated[int, Field(ge=1, le=64)] = 2  # steps that soft targets may travel ahead of the students
     ballot_every: Annotated[int, Field(ge=1, le=1000)] = 1  # steps between votes
+    # broadcast: every student rank gets all soft targets; direct: only those of its own samples; auto: by size.
+    exchange: Literal["auto", "broadcast", "direct"] = "auto"
+    # Whether teacher ranks make the views themselves, or are sent those of the student ranks: where decoding is dear.
+    teacher_views: Literal["rebuilt", "sent"] = "rebuilt"
     timeouts: Timeouts = Timeouts()
     teachers_from: str | None = None  # a run folder whose teachers are used in place of this run's own
     soft_targets: Literal["online", "archive", "auto"] = "online"  # asked of teachers, or read from what pkd archive wrote

@@ -1,8 +1,9 @@
 """Step -> global batch -> each rank's samples -> routes; pure, so that every rank knows every other rank's work.
 
 A *route* is one (sample, teacher) pair of a step. The routes of a step are ordered by source (the teacher rank that
-answers them), then teacher, then position of the sample in the global batch; the soft targets of a step lie in one flat
-buffer in that order, and each source fills one contiguous slice of it.
+answers them), then the part of the batch (the student rank, where each gets only its own), then teacher, then position of
+the sample in the global batch; the soft targets of a step lie in one flat buffer in that order. So each source fills one
+contiguous slice of it, and what a source has for a student rank is contiguous, too.
 """
 
 from dataclasses import dataclass
@@ -62,8 +63,17 @@ class Routes:
     position: np.ndarray  # in the global batch
     offset: np.ndarray  # of the route's first logit in the step's flat buffer
     size: int  # logits in the flat buffer
-    slices: tuple[slice, ...]  # of each source in the flat buffer
+    bounds: np.ndarray  # [sources, parts + 1]: where each part of the batch begins in each source's slice, and its end
     count: np.ndarray  # int64 [teachers]: routes of each teacher over the whole global batch, |R_t|
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Of each source in the flat buffer."""
+        return tuple(slice(int(bound[0]), int(bound[-1])) for bound in self.bounds)
+
+    def part(self, source: int, part: int) -> slice:
+        """Of the flat buffer: what a source has for one part of the batch."""
+        return slice(int(self.bounds[source, part]), int(self.bounds[source, part + 1]))
 
 
 class Router:
@@ -71,9 +81,10 @@ class Router:
 
     sources: for every teacher rank, the teachers that it answers for; a teacher on several ranks is shared by them.
     own: ask a specialist only about samples whose label it knows; else every teacher about every sample.
+    parts: of the batch, as split() makes them, that lie apart in the flat buffer.
     """
 
-    def __init__(self, pyramid: Pyramid, sources: list[list[int]], own: bool):
+    def __init__(self, pyramid: Pyramid, sources: list[list[int]], own: bool, parts: int = 1):
         self.member = pyramid.membership() if own else np.ones_like(pyramid.membership())
         self.width = np.array([len(teacher.classes) for teacher in pyramid.teachers])
         self.asked = np.zeros(len(pyramid.teachers), dtype=bool)
@@ -85,7 +96,7 @@ class Router:
         for source, teacher in pairs:  # host[t, r]: the source that holds teacher t's r-th replica
             self.host[teacher, seen[teacher]] = source
             seen[teacher] += 1
-        self.sources = len(sources)
+        self.sources, self.parts = len(sources), parts
 
     def largest(self, batch: int) -> int:
         """Logits in the flat buffer if every teacher is asked about every sample."""
@@ -100,10 +111,13 @@ class Router:
         blocks = -(-count // BLOCK)
         replica = (rank_in_teacher // BLOCK) * self.replicas[teacher] // np.maximum(blocks[teacher], 1)
         source = self.host[teacher, replica]
-        order = np.argsort(source, kind="stable")
-        source, teacher, position = source[order], teacher[order], position[order]
+        ends = np.array([piece.stop for piece in split(len(labels), self.parts)])
+        piece = source * self.parts + np.searchsorted(ends, position, side="right")
+        order = np.argsort(piece, kind="stable")
+        source, teacher, position, piece = source[order], teacher[order], position[order], piece[order]
         width = self.width[teacher]
         end = np.cumsum(width)
-        bounds = np.concatenate([[0], np.cumsum(np.bincount(source, weights=width, minlength=self.sources))])
-        slices = tuple(slice(int(a), int(b)) for a, b in pairwise(bounds))
-        return Routes(source, teacher, position, end - width, int(end[-1]) if len(end) else 0, slices, count)
+        sizes = np.bincount(piece, weights=width, minlength=self.sources * self.parts).astype(np.int64)
+        stop = np.cumsum(sizes).reshape(self.sources, self.parts)
+        bounds = np.concatenate([stop[:, :1] - sizes.reshape(stop.shape)[:, :1], stop], 1)
+        return Routes(source, teacher, position, end - width, int(end[-1]) if len(end) else 0, bounds, count)

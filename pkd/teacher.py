@@ -1,5 +1,7 @@
 """Frozen teachers on the ranks that answer for them."""
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 
@@ -28,14 +30,17 @@ class TeacherHost:
             whole = isinstance(network, Network)
             self.networks[index] = in_dtype(network, bf16).to(device).eval().requires_grad_(False) if whole else network
 
-    def answer(self, routes: Routes, ids: np.ndarray, epoch: int, flat: torch.Tensor) -> None:
+    def answer(self, routes: Routes, ids: np.ndarray, epoch: int, flat: torch.Tensor,
+               images: torch.Tensor | None = None) -> None:
         """Write this source's soft targets of one step into its slice of `flat`, fp16 on the host.
 
-        ids: int64 [batch], the step's samples in global order.
+        ids: int64 [batch], the step's samples in global order. images: the views of the samples that this source is asked
+        about, in that order, where they need not be rebuilt.
         """
         mine = routes.source == self.source
         positions = np.unique(routes.position[mine])
-        images = self.views.batch(torch.from_numpy(ids[positions]), epoch)
+        if images is None:
+            images = self.views.batch(torch.from_numpy(ids[positions]), epoch)
         for index, network in self.networks.items():
             rows = np.flatnonzero(mine & (routes.teacher == index))
             if len(rows) == 0:
@@ -47,8 +52,11 @@ class TeacherHost:
             if index in self.formats:
                 form = self.formats[index]
                 logits = form.decode(form.encode(logits.cpu()))
-            start = int(routes.offset[rows[0]])
-            flat[start:start + logits.numel()].view(logits.shape).copy_(logits)
+            offset, width = routes.offset[rows], logits.shape[1]
+            apart = np.flatnonzero(np.diff(offset) != width) + 1  # where the rows of another part of the batch begin
+            for first, last in pairwise([0, *apart.tolist(), len(rows)]):
+                start = int(offset[first])
+                flat[start:start + (last - first) * width].view(-1, width).copy_(logits[first:last])
 
     def forward(self, network: Network | ShardedNetwork, images: torch.Tensor) -> torch.Tensor:
         """Logits of any number of images, fp32 [images, classes of the teacher]."""
@@ -56,8 +64,10 @@ class TeacherHost:
         # DeepSpeed exchanges the data of parameters, which inference mode forbids.
         with torch.inference_mode() if isinstance(network, Network) else torch.no_grad():
             for block in images.split(BLOCK):
-                padding = block.new_zeros((BLOCK - len(block), *block.shape[1:]))
-                parts.append(network(torch.cat([block, padding]).to(self.device))[:len(block)].float())
+                whole = block
+                if len(block) < BLOCK:
+                    whole = torch.cat([block, block.new_zeros((BLOCK - len(block), *block.shape[1:]))])
+                parts.append(network(whole.to(self.device))[:len(block)].float())
         return torch.cat(parts)
 
 

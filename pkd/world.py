@@ -72,12 +72,19 @@ class World:
         elif dist.is_initialized():
             dist.destroy_process_group()
 
-    def bridge(self, name: str, ranks: list[int]) -> dist.ProcessGroupGloo | None:
-        """A gloo group across islands, the first of `ranks` its root; None outside it or for a single rank."""
+    def bridge(self, name: str, ranks: list[int], lazy: bool = False) -> dist.ProcessGroupGloo | None:
+        """A gloo group across islands, the first of `ranks` its root; None outside it or for a single rank.
+
+        lazy: two ranks are connected when both first speak to each other, which waits; else every rank to every other, now.
+        """
         if self.rank not in ranks or len(ranks) == 1:
             return None
-        group = dist.ProcessGroupGloo(dist.PrefixStore(f"bridge/{name}", self.store), ranks.index(self.rank),
-                                      len(ranks), datetime.timedelta(seconds=self.timeouts.group))
+        options = dist.ProcessGroupGloo._Options()
+        interface = os.environ["GLOO_SOCKET_IFNAME"].split(",")[0]
+        options._devices = [dist.ProcessGroupGloo.create_device(interface=interface, lazy_init=lazy)]
+        options._timeout = datetime.timedelta(seconds=self.timeouts.group)
+        group = dist.ProcessGroupGloo(dist.PrefixStore(f"bridge/{name}", self.store), ranks.index(self.rank), len(ranks),
+                                      options)
         self.bridges.append(group)
         return group
 

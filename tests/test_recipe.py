@@ -147,7 +147,7 @@ FREE = (
     "placement.student_ranks=3", "placement.replicas={level0: 2}", "placement.accumulation=2",
     "deepspeed.students=zero3", "deepspeed.teachers=zero0", "window=5", "ballot_every=10", "timeouts.start=1",
     "timeouts.step=1", "timeouts.group=1", "threads=4", "trace=true", "checkpoint_minutes=1", "compare_views=false",
-    "teachers_from=runs/other", "data.download=true",
+    "teachers_from=runs/other", "data.download=true", "exchange=direct", "teacher_views=sent", "soft_targets=auto",
 )
 IDENTITY = (
     "seed=1", "data.name=cifar10", "data.seed=1", "data.validation=0.2", "data.test=0.2",

@@ -133,6 +133,27 @@ def test_the_flat_buffer_is_ordered_contiguous_and_covered_once(step):
         assert routes.slices[source].start <= offset < routes.slices[source].stop
 
 
+@given(step=steps(), parts=st.integers(1, 7))
+@quick
+def test_what_a_source_has_for_a_student_rank_lies_in_one_piece(step, parts):
+    """And nothing else changes: the same routes by the same sources, in the same blocks of every teacher's rows."""
+    pyramid, sources, own, labels = step
+    whole, routes = (Router(pyramid, sources, own, n).routes(labels) for n in (1, parts))
+    assert routes.slices == whole.slices and np.array_equal(routes.count, whole.count)
+    part = np.array([next(p for p, piece in enumerate(split(len(labels), parts)) if piece.start <= n < piece.stop)
+                     for n in range(len(labels))])
+    keys = list(zip(routes.source, part[routes.position], routes.teacher, routes.position))
+    assert keys == sorted(keys)
+    for source, student, offset in zip(routes.source, part[routes.position], routes.offset):
+        assert routes.part(source, student).start <= offset < routes.part(source, student).stop
+    parts_of = [routes.part(source, student) for source in range(len(sources)) for student in range(parts)]
+    assert sum(piece.stop - piece.start for piece in parts_of) == routes.size
+    for source in range(len(sources)):
+        for teacher in sources[source]:
+            rows = [r.position[(r.source == source) & (r.teacher == teacher)].tolist() for r in (whole, routes)]
+            assert rows[0] == rows[1] == sorted(rows[0])
+
+
 @given(step=steps())
 @quick
 def test_replicas_share_a_teachers_routes_evenly_in_whole_blocks(step):

@@ -1,0 +1,187 @@
+"""The exchange alone, by many light processes on this machine: time of a step, sockets, bytes and allocations of a rank.
+
+Real gloo, real routes, no networks: teachers answer with numbers that say whose they are. Prints a table, or JSON lines:
+
+    python tests/bench/exchange.py --students 8 --sources 8 --classes 100 --batch 256
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import struct
+import sys
+import time
+import zlib
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from pkd.exchange import Exchange
+from pkd.launcher import Launch
+from pkd.placement import Placement, Source
+from pkd.pyramid import build_pyramid
+from pkd.recipe import Level, Timeouts
+from pkd.schedule import Router, Schedule
+from pkd.targets import Unpacker
+from pkd.wire import KINDS, received, sockets
+from pkd.world import World
+
+WARM, PROFILED = 5, 10  # steps before the measured ones, and after them
+
+
+class Echo:
+    """In place of a TeacherHost: every row is made of its teacher's and its sample's number."""
+
+    def __init__(self, source: int, width: np.ndarray):
+        self.source, self.width = source, width
+
+    def answer(self, routes, ids, epoch, flat, images=None):
+        mine = routes.source == self.source
+        rows = (ids[routes.position[mine]] * 31 + routes.teacher[mine] * 7) % 2039
+        flat.numpy()[routes.slices[self.source]] = np.repeat(rows, self.width[routes.teacher[mine]])
+
+
+def rank(index: int, port: int, kind: str, ask: argparse.Namespace, out) -> None:
+    torch.set_num_threads(1)
+    levels = Level(model="m", teachers=1), Level(model="m", teachers=max(2, ask.sources - 1))
+    pyramid = build_pyramid(levels, tuple(map(str, range(ask.classes))), 0)
+    hosted = [list(range(len(pyramid.teachers)))[i::ask.sources] for i in range(ask.sources)]
+    world_size = ask.students + (0 if ask.co_located else ask.sources)
+    first = 0 if ask.co_located else ask.students
+    placement = Placement("co-located" if ask.co_located else "dedicated", world_size, ask.students, 1, tuple(
+        Source(first + i, tuple(pyramid.teachers[t].name for t in own), 1.0) for i, own in enumerate(hosted)))
+    world = World(Launch("plain", index, world_size, index, "127.0.0.1", port, "0", index == 0), Timeouts())
+    world.meet("the start", False)  # whoever serves the store has all its connections
+    before = len(connections()[0])
+    labels = np.random.default_rng(0).integers(0, ask.classes, ask.batch * 8)
+    schedule = Schedule(np.arange(len(labels)), ask.batch, 0)
+    router = Router(pyramid, hosted, False, ask.students if kind == "direct" else 1)
+    host = Echo(index - first, router.width) if first <= index < first + ask.sources else None
+    exchange = Exchange(world, placement, schedule, router, labels, ask.window, host, kind)
+    trains = index < ask.students
+    mine = schedule.micro_batches(ask.students, index, 1)[0] if trains else None
+    unpacker, crc, ends = Unpacker(pyramid, list(range(len(pyramid.teachers)))), 0, []
+    steps = WARM + ask.steps + PROFILED
+    opened, traffic = len(connections()[0]) - before, connections()[1]
+
+    def post(step):
+        exchange.fill(step // 8, step % 8)
+        exchange.send(step % 8)
+
+    def one(step):
+        nonlocal crc
+        if not trains:
+            return post(step)
+        if step + ask.window < steps:
+            post(step + ask.window)
+        routes, flat = exchange.take(step % 8)
+        if step < WARM:
+            for level in unpacker.unpack(routes, flat, mine, torch.device("cpu")):
+                crc = zlib.crc32(level.logits.numpy().tobytes(), crc)
+    for step in range(ask.window if trains else 0):
+        post(step)
+    for step in range(WARM + ask.steps):
+        if step >= WARM:
+            ends.append(time.perf_counter())
+        one(step)
+    ends.append(time.perf_counter())
+    moved = connections()[1]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        torch.empty(1000)  # the one allocation that must be seen
+        for step in range(WARM + ask.steps, steps):
+            one(step)
+        exchange.drain()
+    allocated = sum(event.name() == "[memory]" and event.nbytes() > 0 for event in seen.profiler.kineto_results.events())
+    done = WARM + ask.steps + (ask.window if trains else 0)
+    out.put({"rank": index, "kind": kind, "crc": crc,
+             "sockets": opened, "predicted_sockets": sockets(kind, placement, index),
+             "received": (moved[0] - traffic[0]) / done if trains else 0, "sent": (moved[1] - traffic[1]) / done,
+             "predicted_received": received(kind, placement, router.largest(ask.batch)), "allocations": allocated - 1,
+             "steps": PROFILED, "ms": 1000 * float(np.median(np.diff(ends))),
+             "mean_ms": 1000 * (ends[-1] - ends[0]) / ask.steps})
+    world.meet("the end", False)
+    time.sleep(0.5 * (index == 0))
+    os._exit(0)
+
+
+def connections() -> tuple[list[int], tuple[int, int]]:
+    """This process's sockets, and the bytes that its TCP connections received and had acknowledged (Linux: tcp_info)."""
+    found, received, sent = [], 0, 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as one:
+                found.append(int(name))
+                if one.type == socket.SOCK_STREAM and one.family != socket.AF_UNIX:
+                    info = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
+                    acknowledged, arrived = struct.unpack_from("QQ", info, 120)
+                    received, sent = received + arrived, sent + acknowledged
+        except OSError:
+            continue
+    return found, (received, sent)
+
+
+def measure(kind: str, ask: argparse.Namespace) -> list[dict]:
+    """What every rank found, by rank."""
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    out = context.SimpleQueue()
+    size = ask.students + (0 if ask.co_located else ask.sources)
+    ranks = [context.Process(target=rank, args=(index, port, kind, ask, out), daemon=True) for index in range(size)]
+    for process in ranks:
+        process.start()
+    deadline, found = time.monotonic() + ask.timeout, []
+    while len(found) < size:
+        if not out.empty():
+            found.append(out.get())
+        elif time.monotonic() > deadline or any(process.exitcode for process in ranks):
+            sys.exit(f"{size - len(found)} of {size} ranks did not come to their end")
+        else:
+            time.sleep(0.01)
+    for process in ranks:
+        process.join()
+    return sorted(found, key=lambda one: one["rank"])
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    words.add_argument("--students", type=int, default=8)
+    words.add_argument("--sources", type=int, default=8)
+    words.add_argument("--classes", type=int, default=100)
+    words.add_argument("--batch", type=int, default=256)
+    words.add_argument("--window", type=int, default=2)
+    words.add_argument("--steps", type=int, default=40)
+    words.add_argument("--timeout", type=float, default=120)
+    words.add_argument("--co-located", action="store_true")
+    words.add_argument("--json", action="store_true")
+    ask = words.parse_args()
+    if not ask.json:
+        print(f"{ask.students} student ranks, {ask.sources} sources, batch {ask.batch}, {ask.classes} classes, "
+              f"{os.cpu_count()} cores\n\n"
+              "| kind | ms a step | sockets a rank (predicted) | KB received a student rank and step (predicted) "
+              "| KB sent a rank and step | allocations a step |\n|---|---|---|---|---|---|")
+    for kind in KINDS:
+        found = measure(kind, ask)
+        if ask.json:
+            for one in found:
+                print(json.dumps(one))
+            continue
+        most = {key: max(one[key] for one in found) for key in found[0] if key != "kind"}
+        print(f"| {kind} | {np.mean([one['mean_ms'] for one in found]):.1f} "
+              f"| {most['sockets']} ({most['predicted_sockets']}) "
+              f"| {most['received'] / 1000:.1f} ({most['predicted_received'] / 1000:.1f}) "
+              f"| {most['sent'] / 1000:.1f} "
+              f"| {most['allocations'] / most['steps']:g} |")
+
+
+if __name__ == "__main__":
+    main()
