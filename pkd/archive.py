@@ -24,7 +24,7 @@ from pkd.placement import USABLE
 from pkd.recipe_file import digest
 from pkd.row_format import row_formats
 from pkd.schedule import BLOCK, Router
-from pkd.teacher import TeacherHost, centred
+from pkd.teacher import Question, TeacherHost, centred
 from pkd.views import Views
 
 PIECE = 4 * BLOCK  # samples between two ballots
@@ -180,7 +180,7 @@ class Filling:
         """Every teacher's rows for some samples, as they are stored, added to its parts."""
         routes = self.router.routes(self.labels[ids])
         flat = torch.zeros(routes.size, dtype=torch.float16)
-        host.answer(routes, ids, view, flat)
+        host.answer([Question(routes, ids, flat)], view)
         start = 0
         for index, form in self.layout.formats.items():  # ascending, as the routes are
             rows = flat[start:start + int(routes.count[index]) * form.width].view(-1, form.width)

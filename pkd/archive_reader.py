@@ -40,7 +40,7 @@ class ArchiveReader:
         self.view = -1
         self.shards: dict[int, dict[str, np.ndarray]] = {}  # of one view: shard -> teacher -> rows
 
-    def fill(self, epoch: int, step: int) -> None:
+    def fill(self, epoch: int, step: int, last: int) -> None:
         """Begin to read a step's soft targets."""
         slot = self.ring[step % len(self.ring)]
         self._finish(slot)

@@ -38,7 +38,7 @@ def teach_along(setup: Setup, epoch: int, first: int) -> str:
             job.beat(f"epoch {epoch}", step)
             if setup.sends_views and not receive_views(setup, epoch, step, last):
                 break
-            exchange.fill(epoch, step)  # may run ahead of the students; only sending needs their consent
+            exchange.fill(epoch, step, last)  # may run ahead of the students; only sending needs their consent
             job.watchdog.waits("the ballot of all ranks")
             if not ballot.permit(step):
                 break
@@ -107,7 +107,7 @@ class Distillation:
         began = time.perf_counter()
         ballot.open(first, last)
         for step in range(first, min(first + window, last)):
-            self.post(epoch, step)
+            self.post(epoch, step, last)
         for step in range(first, last):
             job.beat(f"epoch {epoch}", step, "the ballot of all ranks")
             if not ballot.permit(step):
@@ -116,7 +116,7 @@ class Distillation:
             ahead = step + window
             if ahead < last and ballot.permit(ahead):
                 job.watchdog.works()
-                self.post(epoch, ahead)
+                self.post(epoch, ahead, last)
             job.watchdog.waits("soft targets")
             waited = time.perf_counter()
             routes, flat = exchange.take(step)
@@ -140,7 +140,7 @@ class Distillation:
         setup.refuse_broken(epoch, votes.broken, -broken)
         return votes.stop
 
-    def post(self, epoch: int, step: int) -> None:
+    def post(self, epoch: int, step: int, last: int) -> None:
         """Everything of a step that may be done before the students compute it."""
         exchange = self.setup.exchange
         if self.setup.sends_views:
@@ -148,7 +148,7 @@ class Distillation:
             self.job.watchdog.waits("the other students' views")
             exchange.await_views(step)
             self.job.watchdog.works()
-        exchange.fill(epoch, step)
+        exchange.fill(epoch, step, last)
         exchange.send(step)
 
     def train_step(self, epoch: int, step: int, routes, flat: torch.Tensor) -> None:

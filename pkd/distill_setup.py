@@ -202,7 +202,7 @@ class Setup:
         parts = self.placement.student_ranks if kind == "direct" else 1
         router = Router(self.job.pyramid, sources, self.constants.own, parts)
         return Exchange(world, self.placement, self.schedule, router, self.labels.numpy(), recipe.window,
-                        self._hosts(sources), kind, self.views if self.sends_views else None)
+                        self._hosts(sources), kind, self.views if self.sends_views else None, recipe.answer_steps)
 
     def _hosts(self, sources: list[list[int]]) -> list[TeacherHost]:
         world, bf16 = self.job.world, self.job.recipe.teachers.forward == "bf16"
@@ -214,7 +214,7 @@ class Setup:
                     self.job.beat("reading teachers")
                     networks[teacher] = self._network(source, self.job.pyramid.teachers[teacher])
                 hosts.append(TeacherHost(index, networks, self.views, world.device, bf16, self.formats,
-                                         world.rank == source.rank))
+                                         world.rank == source.rank, self.job.watchdog.works))
         return hosts
 
     def _network(self, source: Source, teacher: Teacher) -> Network | ShardedNetwork:

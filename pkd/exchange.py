@@ -13,7 +13,7 @@ from pkd.carrier import Broadcast, Direct, Peers, Works
 from pkd.placement import Placement
 from pkd.schedule import Router, Routes, Schedule
 from pkd.sent_views import SentViews
-from pkd.teacher import TeacherHost
+from pkd.teacher import Question, TeacherHost
 from pkd.views import Views
 from pkd.world import LostPeer, World
 
@@ -24,6 +24,7 @@ class Slot:
 
     flat: torch.Tensor  # fp16, on the host
     at: tuple[int, int] = (-1, -1)  # epoch and step
+    filled: tuple[int, int] = (-1, -1)  # the same, once this rank's teachers have answered
     routes: Routes | None = None
     ids: np.ndarray | None = None
     works: Works = field(default_factory=list)
@@ -38,7 +39,8 @@ class Exchange:
     """
 
     def __init__(self, world: World, placement: Placement, schedule: Schedule, router: Router, labels: np.ndarray,
-                 window: int, hosts: list[TeacherHost], kind: str = "broadcast", views: Views | None = None):
+                 window: int, hosts: list[TeacherHost], kind: str = "broadcast", views: Views | None = None,
+                 at_once: int = 1):
         self.world, self.schedule, self.router, self.labels, self.hosts = world, schedule, router, labels, hosts
         self.role = placement.role(world.rank)
         several = world.size > 1
@@ -48,7 +50,8 @@ class Exchange:
             self.carrier = Direct(peers, placement, world.rank) if kind == "direct" else Broadcast(world, placement)
         pin = world.device.type == "cuda"
         size = router.largest(schedule.batch)
-        self.ring = [Slot(torch.zeros(size, dtype=torch.float16, pin_memory=pin)) for _ in range(window + 1)]
+        self.at_once = 1 if views else at_once  # views come step by step
+        self.ring = [Slot(torch.zeros(size, dtype=torch.float16, pin_memory=pin)) for _ in range(window + self.at_once)]
         self.sent = SentViews(peers, placement, views, world.rank, schedule.batch, len(self.ring)) if views else None
 
     def begin(self, epoch: int, step: int) -> None:
@@ -70,14 +73,24 @@ class Exchange:
         """Wait for the views of a begun step that other ranks send; there are none where views are rebuilt."""
         self._wait(self._slot(step).arriving, step)
 
-    def fill(self, epoch: int, step: int) -> None:
-        """Run this rank's teachers, if any, for a step: everything of send() that needs no other rank, but for views."""
-        self.begin(epoch, step)
-        self.await_views(step)
-        slot = self._slot(step)
-        images = self.sent.asked[step % len(self.ring)] if self.sent else None
+    def fill(self, epoch: int, step: int, last: int) -> None:
+        """Run this rank's teachers, if any, for a step: everything of send() that needs no other rank, but for views.
+
+        They answer for `at_once` steps before `last` together: each teacher pads one block of rows for all of them.
+        """
+        if self._slot(step).filled == (epoch, step):
+            return
+        steps = range(step, min(step + self.at_once, last))
+        questions = []
+        for each in steps:
+            self.begin(epoch, each)
+            self.await_views(each)
+            slot = self._slot(each)
+            slot.filled = slot.at
+            images = self.sent.asked[each % len(self.ring)] if self.sent else None
+            questions.append(Question(slot.routes, slot.ids, slot.flat, images))
         for host in self.hosts:
-            host.answer(slot.routes, slot.ids, epoch, slot.flat, images)
+            host.answer(questions, epoch)
 
     def send(self, step: int) -> None:
         """Begin to move the soft targets of a filled step: this rank's own, and those that it gets."""
@@ -86,7 +99,7 @@ class Exchange:
             slot.works.extend(self.carrier.post(slot.flat, slot.routes, step))
 
     def take(self, step: int) -> tuple[Routes, torch.Tensor]:
-        """The routes and the flat buffer, fp16, of a posted step; valid until the step `window + 1` later is begun."""
+        """The routes and the flat buffer, fp16, of a posted step; valid until the slot is begun anew."""
         slot = self._slot(step)
         self._finish(slot)
         return slot.routes, slot.flat

@@ -202,8 +202,9 @@ class Timeouts(Section):
 
 
 class Recipe(Section):
-    FREE: ClassVar = ("name", "placement", "deepspeed", "window", "ballot_every", "exchange", "teacher_views",
-                      "timeouts", "threads", "trace", "checkpoint_minutes", "compare_views", "teachers_from", "soft_targets")
+    FREE: ClassVar = ("name", "placement", "deepspeed", "window", "answer_steps", "ballot_every", "exchange",
+                      "teacher_views", "timeouts", "threads", "trace", "checkpoint_minutes", "compare_views",
+                      "teachers_from", "soft_targets")
     name: Name
     seed: Seed = 0
     data: Data
@@ -220,7 +221,9 @@ class Recipe(Section):
     deterministic: bool = False  # on GPUs: kernels that repeat to the last bit, slower; a CPU always does
     placement: Placement = Placement()
     deepspeed: DeepSpeed = DeepSpeed()
-    window: Annotated[int, Field(ge=1, le=64)] = 2  # steps that soft targets may travel ahead of the students
+    window: Annotated[int, Field(ge=1, le=64)] = 4  # steps that soft targets may travel ahead of the students
+    # Steps that teachers answer together, so that fewer blocks of 32 rows are padded; with more than the window it stalls.
+    answer_steps: Annotated[int, Field(ge=1, le=64)] = 4
     ballot_every: Annotated[int, Field(ge=1, le=1000)] = 1  # steps between votes
     # broadcast: every student rank gets all soft targets; direct: only those of its own samples; auto: by size.
     exchange: Literal["auto", "broadcast", "direct"] = "auto"

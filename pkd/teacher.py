@@ -1,5 +1,7 @@
 """Frozen teachers on the ranks that answer for them."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +14,26 @@ from pkd.sharded import ShardedNetwork
 from pkd.views import Views
 
 
+@dataclass(frozen=True)
+class Question:
+    """What is asked in one step."""
+
+    routes: Routes
+    ids: np.ndarray  # int64 [batch], the step's samples in global order
+    flat: torch.Tensor  # fp16 on the host, where the answers belong
+    images: torch.Tensor | None = None  # views of the samples that the source is asked about, if they need not be rebuilt
+
+    def write(self, rows: np.ndarray, logits: torch.Tensor) -> None:
+        """Put a teacher's answers, fp16 [routes, width], where routes `rows` of the step belong."""
+        if len(rows) == 0:
+            return
+        offset, width = self.routes.offset[rows], logits.shape[1]
+        apart = np.flatnonzero(np.diff(offset) != width) + 1  # where the rows of another part of the batch begin
+        for first, last in pairwise([0, *apart.tolist(), len(rows)]):
+            start = int(offset[first])
+            self.flat[start:start + (last - first) * width].view(-1, width).copy_(logits[first:last])
+
+
 class TeacherHost:
     """The teachers of one source.
 
@@ -19,44 +41,44 @@ class TeacherHost:
     with other numbers of rows the same image's logits differ in their last bits, and placements would no longer agree.
     formats: how each teacher's rows are rounded beyond fp16; without any they are left as they are.
     sends: whether this rank's answers are used; of the ranks that hold a teacher together, the first one's are.
+    works: told after each teacher's answers, which are progress.
     """
 
     def __init__(self, source: int, networks: dict[int, Network | ShardedNetwork], views: Views, device: torch.device,
-                 bf16: bool, formats: dict[int, RowFormat] | None = None, sends: bool = True):
+                 bf16: bool, formats: dict[int, RowFormat] | None = None, sends: bool = True,
+                 works: Callable[[], None] = lambda: None):
         self.formats = {index: form for index, form in (formats or {}).items() if not form.plain}
-        self.source, self.views, self.device, self.sends = source, views, device, sends
+        self.source, self.views, self.device, self.sends, self.works = source, views, device, sends, works
         self.networks = {}
         for index, network in networks.items():
             whole = isinstance(network, Network)
             self.networks[index] = in_dtype(network, bf16).to(device).eval().requires_grad_(False) if whole else network
 
-    def answer(self, routes: Routes, ids: np.ndarray, epoch: int, flat: torch.Tensor,
-               images: torch.Tensor | None = None) -> None:
-        """Write this source's soft targets of one step into its slice of `flat`, fp16 on the host.
-
-        ids: int64 [batch], the step's samples in global order. images: the views of the samples that this source is asked
-        about, in that order, where they need not be rebuilt.
-        """
-        mine = routes.source == self.source
-        positions = np.unique(routes.position[mine])
-        if images is None:
-            images = self.views.batch(torch.from_numpy(ids[positions]), epoch)
+    def answer(self, questions: list[Question], epoch: int) -> None:
+        """Write this source's soft targets of some steps of an epoch into its slices of their flat buffers."""
+        seen = [self._views(question, epoch) for question in questions]
         for index, network in self.networks.items():
-            rows = np.flatnonzero(mine & (routes.teacher == index))
-            if len(rows) == 0:
+            rows = [np.flatnonzero((q.routes.source == self.source) & (q.routes.teacher == index)) for q in questions]
+            images = torch.cat([views[torch.from_numpy(np.searchsorted(positions, q.routes.position[own]))]
+                                for q, own, (positions, views) in zip(questions, rows, seen)])
+            if len(images) == 0:
                 continue
-            asked = torch.from_numpy(np.searchsorted(positions, routes.position[rows]))
-            logits = centred(self.forward(network, images[asked]))
+            logits = centred(self.forward(network, images))
+            self.works()
             if not self.sends:
                 continue
             if index in self.formats:
                 form = self.formats[index]
                 logits = form.decode(form.encode(logits.cpu()))
-            offset, width = routes.offset[rows], logits.shape[1]
-            apart = np.flatnonzero(np.diff(offset) != width) + 1  # where the rows of another part of the batch begin
-            for first, last in pairwise([0, *apart.tolist(), len(rows)]):
-                start = int(offset[first])
-                flat[start:start + (last - first) * width].view(-1, width).copy_(logits[first:last])
+            for question, own, part in zip(questions, rows, logits.split([len(own) for own in rows])):
+                question.write(own, part)
+
+    def _views(self, question: Question, epoch: int) -> tuple[np.ndarray, torch.Tensor]:
+        """Positions in the batch that this source is asked about, ascending, and their views."""
+        positions = np.unique(question.routes.position[question.routes.source == self.source])
+        if question.images is not None:
+            return positions, question.images
+        return positions, self.views.batch(torch.from_numpy(question.ids[positions]), epoch)
 
     def forward(self, network: Network | ShardedNetwork, images: torch.Tensor) -> torch.Tensor:
         """Logits of any number of images, fp32 [images, classes of the teacher]."""

@@ -41,10 +41,11 @@ class Echo:
     def __init__(self, source: int, width: np.ndarray):
         self.source, self.width = source, width
 
-    def answer(self, routes, ids, epoch, flat, images=None):
-        mine = routes.source == self.source
-        rows = (ids[routes.position[mine]] * 31 + routes.teacher[mine] * 7) % 2039
-        flat.numpy()[routes.slices[self.source]] = np.repeat(rows, self.width[routes.teacher[mine]])
+    def answer(self, questions, epoch):
+        for question in questions:
+            routes, mine = question.routes, question.routes.source == self.source
+            rows = (question.ids[routes.position[mine]] * 31 + routes.teacher[mine] * 7) % 2039
+            question.flat.numpy()[routes.slices[self.source]] = np.repeat(rows, self.width[routes.teacher[mine]])
 
 
 def rank(index: int, port: int, kind: str, ask: argparse.Namespace, out) -> None:
@@ -62,8 +63,8 @@ def rank(index: int, port: int, kind: str, ask: argparse.Namespace, out) -> None
     labels = np.random.default_rng(0).integers(0, ask.classes, ask.batch * 8)
     schedule = Schedule(np.arange(len(labels)), ask.batch, 0)
     router = Router(pyramid, hosted, False, ask.students if kind == "direct" else 1)
-    host = Echo(index - first, router.width) if first <= index < first + ask.sources else None
-    exchange = Exchange(world, placement, schedule, router, labels, ask.window, host, kind)
+    hosts = [Echo(index - first, router.width)] if first <= index < first + ask.sources else []
+    exchange = Exchange(world, placement, schedule, router, labels, ask.window, hosts, kind)
     trains = index < ask.students
     mine = schedule.micro_batches(ask.students, index, 1)[0] if trains else None
     unpacker, crc, ends = Unpacker(pyramid, list(range(len(pyramid.teachers)))), 0, []
@@ -71,7 +72,7 @@ def rank(index: int, port: int, kind: str, ask: argparse.Namespace, out) -> None
     opened, traffic = len(connections()[0]) - before, connections()[1]
 
     def post(step):
-        exchange.fill(step // 8, step % 8)
+        exchange.fill(step // 8, step % 8, 8)
         exchange.send(step % 8)
 
     def one(step):

@@ -5,7 +5,7 @@ from problem import Problem
 
 from pkd.objective import asked
 from pkd.schedule import Router
-from pkd.teacher import TeacherHost
+from pkd.teacher import Question, TeacherHost
 from pkd.views import Views
 
 
@@ -21,7 +21,7 @@ def main() -> None:
         if index == 1:
             print("warm", flush=True)
         ids = problem.schedule.global_batch(*divmod(index, problem.schedule.steps_per_epoch))
-        host.answer(router.routes(problem.data.labels.numpy()[ids]), ids, 0, flat)
+        host.answer([Question(router.routes(problem.data.labels.numpy()[ids]), ids, flat)], 0)
         return []
     problem.report(*problem.run(step))
 
