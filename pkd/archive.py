@@ -24,7 +24,7 @@ from pkd.placement import USABLE
 from pkd.recipe_file import digest
 from pkd.row_format import row_formats
 from pkd.schedule import BLOCK, Router
-from pkd.teacher import Question, TeacherHost, centred
+from pkd.teacher import Question, TeacherHost
 from pkd.views import Views
 
 PIECE = 4 * BLOCK  # samples between two ballots
@@ -170,7 +170,7 @@ class Filling:
         host = TeacherHost(0, networks, self.views, job.world.device, job.recipe.teachers.forward == "bf16")
         block = self.views.batch(torch.from_numpy(self.layout.order[:BLOCK].copy()), 0)
         for index, network in host.networks.items() if job.world.rank == 0 else ():
-            here, there = (centred(host.forward(network, block.roll(shift, 0)).roll(-shift, 0)) for shift in (0, 1))
+            here, there = (host.forward(network, block.roll(shift, 0)).roll(-shift, 0) for shift in (0, 1))
             if not torch.equal(here, there):
                 job.console.say(f"the logits of teacher {self.layout.names[index]} depend on a sample's place in its block "
                                 f"on {job.hardware[0].device}: losses will differ from those online in their last bits")

@@ -197,7 +197,7 @@ class Setup:
                             f"{together[0].where}, which rebuild their views: set teacher_views to rebuilt")
         logits = Router(self.job.pyramid, sources, self.constants.own).largest(self.schedule.batch)
         kind, why = choose(recipe.exchange, self.placement, logits)
-        if world.size > 1 and sources:
+        if kind == "direct":
             self.job.console.say(why)
         parts = self.placement.student_ranks if kind == "direct" else 1
         router = Router(self.job.pyramid, sources, self.constants.own, parts)

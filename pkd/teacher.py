@@ -63,7 +63,7 @@ class TeacherHost:
                                 for q, own, (positions, views) in zip(questions, rows, seen)])
             if len(images) == 0:
                 continue
-            logits = centred(self.forward(network, images))
+            logits = self.forward(network, images)
             self.works()
             if not self.sends:
                 continue
@@ -81,7 +81,7 @@ class TeacherHost:
         return positions, self.views.batch(torch.from_numpy(question.ids[positions]), epoch)
 
     def forward(self, network: Network | ShardedNetwork, images: torch.Tensor) -> torch.Tensor:
-        """Logits of any number of images, fp32 [images, classes of the teacher]."""
+        """Centred logits of any number of images, fp16 [images, classes of the teacher]."""
         parts = []
         # DeepSpeed exchanges the data of parameters, which inference mode forbids.
         with torch.inference_mode() if isinstance(network, Network) else torch.no_grad():
@@ -89,7 +89,7 @@ class TeacherHost:
                 whole = block
                 if len(block) < BLOCK:
                     whole = torch.cat([block, block.new_zeros((BLOCK - len(block), *block.shape[1:]))])
-                parts.append(network(whole.to(self.device))[:len(block)].float())
+                parts.append(centred(network(whole.to(self.device))[:len(block)]))
         return torch.cat(parts)
 
 
@@ -100,4 +100,5 @@ def in_dtype(network: Network, bf16: bool) -> Network:
 
 def centred(logits: torch.Tensor) -> torch.Tensor:
     """Rows minus their mean, in fp16: a softmax does not see the shift, and fp16 keeps 11 bits of what is left."""
-    return (logits - logits.mean(1, keepdim=True)).half()
+    exact = logits.double()  # a mean in float32 may differ in its last bit with the number of rows beside it
+    return (exact - exact.mean(1, keepdim=True)).half()

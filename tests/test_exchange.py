@@ -39,7 +39,8 @@ def test_both_kinds_bring_the_same_bits_at_the_predicted_cost_without_an_allocat
         assert one["sockets"] == one["predicted_sockets"], one
         assert one["received"] <= one["predicted_received"] + 1000, one
     for kind in KINDS if not more else ():
-        assert max(one["received"] for one in of[kind]) >= 0.95 * found[0]["predicted_received"] / (
+        # Of the 12 steps that are under way or done when bytes are counted, the window's 2 may not have come yet.
+        assert max(one["received"] for one in of[kind]) >= 0.95 * 10 / 12 * found[0]["predicted_received"] / (
             students if kind == "direct" else 1)
 
 
