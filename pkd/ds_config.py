@@ -96,6 +96,8 @@ def engine_config(config: dict, ranks: int, accumulation: int, elements: int) ->
         zero.update({bucket: min(zero.get(bucket, even), even) for bucket in buckets})
     if stage(config) == 3:
         zero.setdefault("stage3_param_persistence_threshold", 0)  # else small tensors stay whole on every rank
+        # Else torch's linear layer is replaced in the whole process, whole teachers' included, by one with other last bits.
+        zero.setdefault("memory_efficient_linear", False)
     return {
         "steps_per_print": 10**9,
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0

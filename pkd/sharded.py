@@ -36,6 +36,10 @@ class ShardedNetwork:
         self._together(lambda: self._fill(network.requires_grad_(False).eval(), weights, config, device))
         self.engine = self._together(lambda: deepspeed.initialize(model=network, config=config)[0])
         self.engine.eval()
+        # They prepare a backward that never comes, by giving each module copies of its inputs' handles: where query, key and
+        # value are one tensor, torch would no longer see it and take other kernels than in a whole network.
+        for hook in self.engine.optimizer.backward_hooks:
+            hook.remove()
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         # Not the engine, whose own forward is made for training: the hooks that gather weights are the module's.

@@ -11,6 +11,8 @@ import traceback
 import torch
 from torch import nn
 
+from pkd.vision import torchvision
+
 
 class Smooth(nn.Module):
     def __init__(self, num_classes: int):
@@ -56,3 +58,12 @@ class Stuck(Smooth):
         if any(frame.filename.endswith("checkpoint.py") for frame in traceback.extract_stack()):
             self._hang("saving")
         return super().state_dict(*arguments, **options)
+
+
+class Attention(torchvision.models.VisionTransformer):
+    """3 million parameters, the largest tensor 1 MB."""
+
+    def __init__(self, num_classes: int):
+        super().__init__(image_size=8, patch_size=4, num_layers=4, num_heads=4, hidden_dim=256, mlp_dim=1024,
+                         num_classes=num_classes)
+        nn.init.normal_(self.heads.head.weight)
