@@ -34,6 +34,13 @@ def test_a_rank(disturbed, undisturbed, record, name, rank, number):
     row(record, name, recovery, mine, undisturbed)
 
 
+def test_a_rank_of_a_shard_group(disturbed, undisturbed, record):
+    """Of the two teacher ranks that hold the top teacher together, the one that sends nothing; to the same students as whole."""
+    mine = disturbed("placement.shards={level0: 2}")
+    os.kill(mine.pid(3), signal.SIGKILL)
+    row(record, "kill -9 of a rank that holds a part of a teacher", mine.recovery(), mine, undisturbed)
+
+
 @pytest.mark.parametrize(("name", "fault", "node"), [
     ("a node killed (connections reset)", "kill_node", 1),
     ("a node's power cut (peers hear nothing)", "cut_node", 1),
