@@ -62,13 +62,14 @@ def plan(recipe: Recipe, world: int, console: Console) -> dict:
 def student_bytes(parameters: int, config: dict, ranks: int, states: int) -> float:
     """Persistent bytes on one student rank: weights, gradients, master weights, optimizer states by ZeRO stage.
 
-    states: elementwise optimizer states a parameter. After Rajbhandari et al. 2020, figure 1; fp32 has no masters of
-    its own in ZeRO 0.
+    states: elementwise optimizer states a parameter. After Rajbhandari et al. 2020, figure 1, but for two things that
+    tests/bench/memory.py measures: fp32 has no masters of its own in ZeRO 0, and in ZeRO 1 DeepSpeed too keeps only this
+    rank's part of the gradients once they are reduced.
     """
     low = 4 if precision(config) == "fp32" else 2
     zero = stage(config)
     weights = low / ranks if zero == 3 else low
-    gradients = low / ranks if zero >= 2 else low
+    gradients = low / ranks if zero else low
     masters = 4 / ranks if zero else 0 if low == 4 else 4
     return parameters * (weights + gradients + masters + 4 * states / (ranks if zero else 1))
 

@@ -104,7 +104,8 @@ def main() -> None:
         f"Written by `python tests/bench/memory.py`: torch {torch.__version__}, gloo; {count:,} parameters "
         f"({', '.join(f'{name} of width {width:g}' for name, width in MODELS)}), SGD with momentum. MiB of live "
         f"storages on rank 0. The prediction is at most {worst:.1%} away.", "",
-        "| configuration | ranks | predicted | measured | ratio | weights | gradients | masters | states | evaluation copies |",
+        "| configuration | ranks | predicted | measured | ratio | weights | gradients | masters | states | "
+        "evaluation copies |",
         "|" + "---|" * 10, *rows, ""]))
 
 

@@ -30,11 +30,12 @@ def undisturbed(cluster, tiny, taught, tmp_path_factory):
 
 @pytest.fixture
 def disturbed(cluster, tiny, new_run):
-    """begin(*options of sbatch) -> a run of LONG that has come to its second epoch, to be hit by something."""
+    """begin(*options of sbatch, words=overrides) -> a run of LONG in its second epoch, to be hit by something."""
     folder, teachers_from = new_run("run")
 
-    def begin(*options, script="slurm.sbatch", folder=folder, step=30):
-        mine = SlurmRun(cluster, folder, script, tiny, teachers_from, "--phases", "distill", *LONG).submit(*options)
+    def begin(*options, script="slurm.sbatch", folder=folder, step=30, words=()):
+        mine = SlurmRun(cluster, folder, script, tiny, teachers_from, "--phases", "distill", *LONG, *words)
+        mine.submit(*options)
         mine.wait_for_step(step)
         return mine
     yield begin

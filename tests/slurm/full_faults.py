@@ -35,8 +35,8 @@ def test_a_rank(disturbed, undisturbed, record, name, rank, number):
 
 
 def test_a_rank_of_a_shard_group(disturbed, undisturbed, record):
-    """Of the two teacher ranks that hold the top teacher together, the one that sends nothing; to the same students as whole."""
-    mine = disturbed("placement.shards={level0: 2}")
+    """Of the two teacher ranks that hold the top teacher together, the one that sends nothing."""
+    mine = disturbed(words=("placement.shards={level0: 2}",))
     os.kill(mine.pid(3), signal.SIGKILL)
     row(record, "kill -9 of a rank that holds a part of a teacher", mine.recovery(), mine, undisturbed)
 

@@ -1,0 +1,31 @@
+"""What a student rank holds, as `pkd plan` predicts it; tests/bench/memory.py has the table of 1, 2 and 4 ranks."""
+
+import json
+
+import pytest
+import torch.multiprocessing as mp
+from bench.memory import CONFIGS, worker
+from ranks import free_port
+
+from pkd.ds_config import load_ds_config
+from pkd.plan import student_bytes
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("memory")
+    mp.spawn(worker, (2, free_port(), str(folder)), nprocs=2)
+    return json.loads((folder / "2").read_text())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_weights_gradients_masters_and_states_are_predicted_within_a_tenth(measured, config):
+    found = measured[config]
+    held = sum(found[kind] for kind in ("weights", "gradients", "masters", "states"))
+    assert student_bytes(found["count"], load_ds_config(config), 2, 1) == pytest.approx(held, rel=0.1)
+
+
+def test_an_ensemble_under_zero_3_is_held_in_halves_by_two_ranks(measured):
+    """Whose states do not fit one rank, fit two: weights, gradients and states alike."""
+    for kind in ("weights", "gradients", "states"):
+        assert measured["zero3"][kind] == pytest.approx(measured["zero0"][kind] / 2, rel=0.01), kind
