@@ -65,7 +65,9 @@ class Views:
         padded = F.pad(views, (pad, pad, pad, pad))
         sample = torch.arange(len(views))[:, None, None]
         # Advanced indices around a slice put channels last.
-        return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+        found = padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+        # A single channel's stride may still be that of channels last, for which kernels round otherwise.
+        return found.view(-1).view(found.shape)
 
     def _transformed(self, views: torch.Tensor, ids: torch.Tensor, epoch: int) -> torch.Tensor:
         """torchvision's transforms sample by sample, each under the seed of its (seed, epoch, i)."""

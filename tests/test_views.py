@@ -63,6 +63,14 @@ def test_finite_views_come_again_in_order_and_are_the_first_ones_of_endless_view
 
 
 @quick
+@given(channels_of, policies)
+def test_views_lie_in_memory_like_any_new_tensor_of_their_shape(channels, policy):
+    """Kernels go by strides, those of a single channel too; views that are sent must be as good as rebuilt ones."""
+    batch = views_of(channels, policy).batch(torch.arange(SAMPLES), 0)
+    assert batch.stride() == torch.empty(batch.shape).stride()
+
+
+@quick
 @given(channels_of, policies, seeds, st.lists(epochs, min_size=1, max_size=3), seeds)
 def test_a_view_depends_on_no_history_and_no_global_generator(channels, policy, seed, visited, noise):
     ids, views = torch.arange(SAMPLES), views_of(channels, policy, seed)
