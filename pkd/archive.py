@@ -32,6 +32,11 @@ PIECE = 4 * BLOCK  # samples between two ballots
 
 def archive(job: Job) -> str:
     """Fill what is missing; "finished" or "stopped" (by a signal, finished shards being kept). Raises UserError."""
+    return Filling(job, *ready(job)).run()
+
+
+def ready(job: Job) -> tuple[list[int], Constants]:
+    """Indices of the asked teachers, and the objective's constants. Raises UserError where nothing can be archived."""
     recipe = job.recipe
     fixed, wanted = constants(recipe, job.pyramid.levels), asked(recipe.objective.kind, job.pyramid)
     if not wanted:
@@ -40,7 +45,7 @@ def archive(job: Job) -> str:
     if recipe.views.different is None:
         raise UserError("views are drawn anew in every epoch, so no soft target would be read twice: set views.finite to a "
                         "number of views, or leave the augmentation out")
-    return Filling(job, wanted, fixed).run()
+    return wanted, fixed
 
 
 class Filling:
@@ -137,7 +142,7 @@ class Filling:
         written: dict[str, str] = {}
         if not missing:
             return written, False
-        host = self._host()
+        host = self.host()
         pieces = -(-layout.per_shard // PIECE)
         last = -(-len(missing) // world.size) * pieces
         parts: dict[int, list[torch.Tensor]] = {}
@@ -162,7 +167,8 @@ class Filling:
             job.console.progress(f"archive of {len(missing)} shards", step + 1, last)
         return written, ballot.close().stop
 
-    def _host(self) -> TeacherHost:
+    def host(self) -> TeacherHost:
+        """All asked teachers, on this rank."""
         job, networks = self.job, {}
         for index in self.wanted:
             networks[index] = read_teacher(job.run.teachers, job.recipe, job.pyramid.teachers[index], job.data, True)[0]

@@ -29,6 +29,7 @@ class Layout:
         counts = np.bincount(labels[samples], minlength=len(pyramid.classes))
         self.start = np.cumsum(counts) - counts  # [classes]: the place of a label's first sample
         known = pyramid.membership() if own else np.ones_like(pyramid.membership())
+        self.known = known.astype(bool)
         rows = known * counts
         self.before = np.cumsum(rows, 1) - rows  # [teachers, classes]: a teacher's rows of the labels before this one
         size = -(-len(samples) // SHARDS)
@@ -43,6 +44,10 @@ class Layout:
         place, label = self.place[ids], self.labels[ids]
         shard = place // self.per_shard
         return shard, self.before[teacher, label] + place - self.start[label] - self.first[teacher, shard]
+
+    def asked(self, teacher: int) -> np.ndarray:
+        """int64 ids of the samples that a teacher is asked about, in the order of its rows."""
+        return self.order[self.known[teacher, self.labels[self.order]]]
 
     def samples(self, shard: int) -> np.ndarray:
         """int64 ids of a shard's samples, in order."""

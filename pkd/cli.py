@@ -51,6 +51,9 @@ def parser() -> argparse.ArgumentParser:
             own.add_argument("--steps", type=_positive, help="read only so many test images: a smoke run")
         if name == "teach":
             own.add_argument("--teacher", metavar="NAME", help="train this one only")
+        if name == "archive":
+            own.add_argument("--audit", type=_positive, metavar="N", help="ask the teachers for N rows of a finished "
+                             "archive again, drawn by chance, and compare")
         if name == "plan":
             own.add_argument("--world", type=_positive, default=1, help="number of ranks")
         if name in ("plan", "status"):
@@ -180,8 +183,9 @@ def train(arguments: argparse.Namespace, launch: Launch) -> int:
             outcome = teach(job, arguments.steps)
         elif arguments.command == "archive":
             from pkd.archive import archive
+            from pkd.archive_audit import audit
 
-            outcome = archive(job)
+            outcome = audit(job, arguments.audit) if arguments.audit else archive(job)
         elif job.finished_before():
             outcome = "finished before"
         else:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import Ranks, refused, run, students, trace, wait_for_step
 
+from pkd.archive_audit import compare, draw
 from pkd.archive_layout import Layout
 from pkd.pyramid import build_pyramid
 from pkd.recipe import Archive, Level
@@ -284,6 +285,62 @@ def test_mistakes_are_one_sentence_before_anything_is_written(tiny, new_run):
     sentence = refused(2, "archive", *words, *many)
     assert "GiB more in" in sentence and "are free" in sentence
     assert not shards(folder / "large")
+
+
+# ---- the audit
+
+
+def test_an_audit_asks_again_and_finds_rows_that_were_altered_before_they_were_hashed(tiny, copied):
+    """With a corrected sha256 in archive.json a distillation cannot tell, the teachers can; whatever the number of ranks."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    from pkd.files import sha256
+    from pkd.tensor_file import write_tensors
+
+    folder, teachers_from = copied("run")
+    words = ("archive", tiny, "--run-folder", folder, teachers_from, *FINITE, "--audit")
+    everything = record(folder)["samples"] * 2 * len(record(folder)["made_of"]["teachers"])
+    said = run(2, *words, 100)[0].out
+    assert "100 soft targets" in said and "all equal bit for bit" in said and "largest difference 0" in said
+    victim = shards(folder)[3]
+    tensors = load_file(victim)
+    with safe_open(victim, framework="pt") as file:
+        label = file.metadata()
+    tensors["level1-0"][5] += 0.125
+    write_tensors(victim, tensors, label)
+    change(folder, shards=lambda old: {**old, victim.name: sha256(victim)})
+    assert "soft targets are read from" in run(1, "distill", *words[1:-1], ARCHIVE, "--steps", 1)[0].out
+    for ranks in (1, 2):
+        sentence = refused(ranks, *words, 10**6)
+        assert f"1 of {everything} soft targets" in sentence and victim.name in sentence and "teacher level1-0" in sentence
+        assert "largest difference 0.12" in sentence and "delete that folder and run pkd archive again" in sentence
+
+
+@given(labels=st.lists(st.integers(0, 6), min_size=1, max_size=300), own=st.booleans(), count=st.integers(1, 3000),
+       seed=st.integers(0, 2**31))
+@settings(deadline=None, max_examples=40)
+def test_an_audit_draws_different_rows_that_exist(labels, own, count, seed):
+    labels = np.array(labels)
+    formats = {t: RowFormat(len(teacher.classes), Archive(), 1.0) for t, teacher in enumerate(PYRAMID.teachers)}
+    layout = Layout(PYRAMID, np.arange(len(labels)), labels, formats, own, 3)
+    pieces = draw(layout, count, seed)
+    rows = [(piece.teacher, piece.view, int(sample)) for piece in pieces for sample in piece.ids]
+    there = {(t, view, n) for t, teacher in enumerate(PYRAMID.teachers) for view in range(3) for n in range(len(labels))
+             if not own or labels[n] in teacher.classes}
+    assert len(rows) == len(set(rows)) == min(count, len(there)) and set(rows) <= there
+    assert all(1 <= len(piece.ids) <= BLOCK for piece in pieces)
+
+
+@pytest.mark.parametrize("wish", [{}, {"dtype": "int8"}, {"top_k": 3}, {"dtype": "int8", "top_k": 6}])
+def test_a_tolerance_forgives_last_bits_and_nothing_else(wish):
+    row = RowFormat(9, Archive(**wish), 4.0)
+    logits = torch.randn(20, 9, generator=torch.Generator().manual_seed(0)).half() * 4
+    stored, near = row.encode(logits), row.encode(logits + 0.004)
+    far = row.encode(torch.where(torch.arange(20)[:, None] == 7, logits * 1.5, logits))
+    assert not compare(row, stored, stored, 0.0)[0].any() and compare(row, stored, near, 0.0)[0].any()
+    assert not compare(row, stored, near, 0.02)[0].any()
+    assert compare(row, stored, far, 0.02)[0].nonzero().tolist() == [[7]]
 
 
 # ---- launch and status
