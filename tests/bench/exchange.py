@@ -43,9 +43,24 @@ class Echo:
 
     def answer(self, questions, epoch):
         for question in questions:
-            routes, mine = question.routes, question.routes.source == self.source
-            rows = (question.ids[routes.position[mine]] * 31 + routes.teacher[mine] * 7) % 2039
+            routes, ids, mine = question.routes, question.ids, question.routes.source == self.source
+            if question.images is not None:
+                asked = ids[np.unique(routes.position[mine])]
+                assert np.array_equal(question.images.numpy()[:len(asked), 0, 0, -1], asked % 251), "views of other samples"
+            rows = (ids[routes.position[mine]] * 31 + routes.teacher[mine] * 7) % 2039
             question.flat.numpy()[routes.slices[self.source]] = np.repeat(rows, self.width[routes.teacher[mine]])
+
+
+class Pixels:
+    """In place of Views: images of the sample's number, in a buffer that is made once."""
+
+    def __init__(self, side: int, batch: int):
+        self.channels, self.size = 3, (side, side)
+        self.buffer = torch.zeros(batch, 3, side, side, dtype=torch.uint8)
+
+    def batch(self, ids, epoch):
+        self.buffer.numpy()[:len(ids)] = (ids.numpy() % 251)[:, None, None, None]
+        return self.buffer[:len(ids)]
 
 
 def rank(index: int, port: int, kind: str, ask: argparse.Namespace, out) -> None:
@@ -64,7 +79,8 @@ def rank(index: int, port: int, kind: str, ask: argparse.Namespace, out) -> None
     schedule = Schedule(np.arange(len(labels)), ask.batch, 0)
     router = Router(pyramid, hosted, False, ask.students if kind == "direct" else 1)
     hosts = [Echo(index - first, router.width)] if first <= index < first + ask.sources else []
-    exchange = Exchange(world, placement, schedule, router, labels, ask.window, hosts, kind)
+    exchange = Exchange(world, placement, schedule, router, labels, ask.window, hosts, kind,
+                        Pixels(ask.pixels, ask.batch) if ask.pixels else None)
     trains = index < ask.students
     mine = schedule.micro_batches(ask.students, index, 1)[0] if trains else None
     unpacker, crc, ends = Unpacker(pyramid, list(range(len(pyramid.teachers)))), 0, []
@@ -162,12 +178,13 @@ def main() -> None:
     words.add_argument("--window", type=int, default=2)
     words.add_argument("--steps", type=int, default=40)
     words.add_argument("--timeout", type=float, default=120)
+    words.add_argument("--pixels", type=int, default=0, help="student ranks send views of this side, three channels")
     words.add_argument("--co-located", action="store_true")
     words.add_argument("--json", action="store_true")
     ask = words.parse_args()
     if not ask.json:
         print(f"{ask.students} student ranks, {ask.sources} sources, batch {ask.batch}, {ask.classes} classes, "
-              f"{os.cpu_count()} cores\n\n"
+              f"{os.cpu_count()} cores{f', views of {ask.pixels} pixels sent' if ask.pixels else ''}\n\n"
               "| kind | ms a step | sockets a rank (predicted) | KB received a student rank and step (predicted) "
               "| KB sent a rank and step | allocations a step |\n|---|---|---|---|---|---|")
     for kind in KINDS:
