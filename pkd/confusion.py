@@ -1,6 +1,7 @@
 """Groups of classes that the top teacher takes for each other: a partition that is known only once the top is trained."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -43,19 +44,25 @@ def waiting_levels(recipe: Recipe) -> list[int]:
     return [number for number, level in enumerate(recipe.pyramid) if level.partition == "confusion"]
 
 
-def group_levels(recipe: Recipe, data: DataSet, teachers: Path, top: Network, device: torch.device) -> None:
-    """Write pyramid.json, grouped by what the trained top teacher takes for what on the validation split."""
-    seen = confusion(top.to(device).eval(), Views(data, recipe.views, recipe.seed), data, device)
+def group_levels(recipe: Recipe, data: DataSet, teachers: Path, top: Network, device: torch.device,
+                 beat: Callable[[], None] = lambda: None) -> None:
+    """Write pyramid.json, grouped by what the trained top teacher takes for what on the validation split.
+
+    beat: told of progress.
+    """
+    seen = confusion(top.to(device).eval(), Views(data, recipe.views, recipe.seed), data, device, beat)
     found = {}
     for number in waiting_levels(recipe):
         level = recipe.pyramid[number]
         check_count(level, number, len(data.classes))
         found[number] = group(seen, level.teachers, level.slack, recipe.seed)
+        beat()
     whole = build_pyramid(recipe.pyramid, data.classes, recipe.seed, found)
     write_json(teachers.parent / "pyramid.json", {**whole.to_json(), "grouped_by": _hash_of_top(teachers)})
 
 
-def confusion(top: Network, views: Views, data: DataSet, device: torch.device) -> np.ndarray:
+def confusion(top: Network, views: Views, data: DataSet, device: torch.device,
+              beat: Callable[[], None] = lambda: None) -> np.ndarray:
     """float64 [classes, classes]: the mean probability that the top teacher gives class d for images of class c.
 
     Probabilities rather than decisions: they tell classes apart that a good teacher hardly ever mistakes.
@@ -66,6 +73,7 @@ def confusion(top: Network, views: Views, data: DataSet, device: torch.device) -
         for rows in ids.split(ROWS):
             probabilities = top(views.plain(rows).to(device)).float().softmax(1).double().cpu()
             sums.index_add_(0, data.labels[rows], probabilities)
+            beat()
     counts = torch.bincount(data.labels[ids], minlength=classes).clamp(min=1)
     return (sums / counts[:, None]).numpy()
 

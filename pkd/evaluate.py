@@ -1,5 +1,6 @@
 """The test split, read once per call and counted: students, their ensemble, and each teacher within its classes."""
 
+import time
 from pathlib import Path
 
 import torch
@@ -43,7 +44,8 @@ def evaluate(path: Path, console: Console, overrides: list[str], limit: int | No
     before = read_json(path / "summary.json")["test_readings"] if (path / "summary.json").exists() else 0
     summary = {
         "recipe": recipe.name, "identity": read_json(path / "run.json")["identity"], "seed": recipe.seed,
-        "world_size": done["world_size"], "placement": done["placement"], "complete": done["complete"],
+        "world_size": done["world_size"], "placement": done["placement"],
+        "complete": done["complete"] and limit is None, "evaluated": time.time(),
         "teachers": _teachers(run, recipe, data, views, limit, device),
         "students": {own["name"]: {"accuracy": accuracy, "loss": loss, "parameters": own["parameters"],
                                    "validation_accuracy": own["validation"]["accuracy"]}

@@ -1,5 +1,6 @@
 """What the phases of many ranks need around them: signals, the watchdog, the run folder, the data, this rank's console."""
 
+import contextlib
 import os
 import time
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from pkd.confusion import pyramid_of
 from pkd.console import Console
 from pkd.data import DataSet, load_data
 from pkd.ds_config import check_device, load_ds_config
+from pkd.errors import UserError
 from pkd.files import write_json
 from pkd.hardware import Hardware, hardware, to_json
 from pkd.launcher import Launch
@@ -43,7 +45,9 @@ class Job:
         if self.recipe.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
             torch.use_deterministic_algorithms(True)
-        for remark in self.world.first("open", self._open_folder):
+        opened = self.world.first("open", self._open_folder)
+        self.run.held_by_rank_0(opened["locks"])
+        for remark in opened["remarks"]:
             self.console.say(remark)
         self.opened = True
         self.console.log_into(self.run.path / "logs" / f"{self.name}-rank{self.world.rank}.log")
@@ -57,11 +61,12 @@ class Job:
         if self.data.dropped:
             self.console.say(f"{self.data.dropped} rows with several labels were dropped")
 
-    def _open_folder(self) -> list[str]:
+    def _open_folder(self) -> dict:
         remarks = self.run.open(self.recipe, self.phase, self.teacher)
         self.was = self.run.state(self.name)
         self.run.mark(self.name, "running")
-        return remarks + [f"the recipe names code of its own, which is run: {where}" for where in own_code(self.recipe)]
+        remarks += [f"the recipe names code of its own, which is run: {where}" for where in own_code(self.recipe)]
+        return {"remarks": remarks, "locks": {str(lock.path): lock.inode for lock in self.run.locks}}
 
     def _introduce(self) -> None:
         """Ranks tell each other their node, process and device; rank 0 keeps it and writes it down."""
@@ -102,7 +107,8 @@ class Job:
                 if store.add("abort/claims", 1) == 1:
                     self.console.error(f"pkd: {sentence}")
                     if code == 2 and self.opened:
-                        self.run.mark(self.name, "refused", why=sentence)
+                        with contextlib.suppress(UserError):  # the disk may be full: then nobody can be told there
+                            self.run.mark(self.name, "refused", why=sentence)
                 store.set("abort", str(code))
             self.world.leave_store(30.0 if code == 2 else 5.0)
         except RuntimeError:  # the store's server is gone: say what this rank knows
@@ -125,7 +131,7 @@ class Job:
         elif self.world.rank == 0 and self.phase in ("teach", "archive"):
             self.run.mark(self.name, "finished")
         elif self.world.rank == 0 and outcome == "finished before":
-            self.run.mark(self.name, "finished", complete=True)
+            self.run.mark(self.name, "finished", complete=True, time=self.was["time"])  # a summary of then is still true
             self.console.say(f"distill is finished already: the students are in {self.run.students}")
         self.world.close()
         self.watchdog.stop()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pkd import slurm_chain, slurm_job
 from pkd.console import Console
-from pkd.errors import UserError
+from pkd.errors import UserError, nearest
 from pkd.order import Order, is_done
 from pkd.phases import run_phases
 from pkd.placement import SAMPLES_PER_RANK
@@ -27,6 +27,9 @@ def launch(arguments: argparse.Namespace, console: Console) -> int:
     words = [arguments.recipe, *arguments.overrides]
     if way == "slurm":
         return _submit(arguments, recipe, words, run, phases, console)
+    if way.startswith("srun") and (arguments.nodes > 1 or arguments.ranks_per_node > 1):
+        raise UserError(f"--on {way} takes nodes and ranks from the Slurm allocation, but --nodes is {arguments.nodes} and "
+                        f"--ranks-per-node {arguments.ranks_per_node}: give them to sbatch (--nodes, --ntasks-per-node)")
     if arguments.nodes > 1:
         raise UserError(f"--on {way} starts ranks on this machine only, but --nodes is {arguments.nodes}: use --on slurm, "
                         "or leave --nodes out")
@@ -47,14 +50,24 @@ def _submit(arguments: argparse.Namespace, recipe: Recipe, words: list[str], run
     script = arguments.script or shipped_file("launch", "slurm.sbatch")
     if not script.is_file():
         raise UserError(f"--script {script} is no file: give a copy of launch/slurm.sbatch")
-    _check_plan(recipe, world)
     names = teacher_names(recipe.pyramid)
+    unknown = [name for name in arguments.teacher or () if name not in names]
+    if unknown:
+        raise UserError(f"--teacher {unknown[0]} was asked for, but the teachers are {', '.join(names)}"
+                        f"{nearest(unknown[0], names)}")
+    if arguments.teacher and phases != ("teach",):
+        raise UserError(f"--teacher names some teachers, but --phases is {','.join(phases)}, which needs them all: add "
+                        "--phases teach, or leave --teacher out")
+    students = "distill" in phases and not is_done(order, "distill")
+    if students:
+        _check_plan(recipe, world)
     wanted = [name for name in names if name in (arguments.teacher or names) and "teach" in phases
               and not is_done(Order(recipe, words, run, "slurm", world, phases, name), "teach")]
     top_ranks = min(world, max(1, recipe.teachers.batch // SAMPLES_PER_RANK))
     jobs = slurm_chain.chain(words, run, names[0] if names[0] in wanted else None, [n for n in wanted if n != names[0]],
                              [phase for phase in ("archive", "distill") if phase in phases and not is_done(order, phase)],
-                             "evaluate" in phases, arguments.nodes, arguments.ranks_per_node, top_ranks,
+                             "evaluate" in phases and (students or not is_done(order, "evaluate")), arguments.nodes,
+                             arguments.ranks_per_node, top_ranks,
                              top_first=bool(waiting_levels(recipe)))
     if not jobs:
         console.say(f"nothing is left to do in {run}")
@@ -83,13 +96,16 @@ def _phases(text: str | None, recipe: Recipe) -> tuple[str, ...]:
 
 def _teacher(names: list[str] | None) -> str | None:
     """The one teacher that is meant: of several, that of this element of a job array."""
-    if not names:
-        return None
-    index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
-    if (len(names) > 1 and "SLURM_ARRAY_TASK_ID" not in os.environ) or index >= len(names):
+    if not names or len(names) == 1:
+        return names[0] if names else None
+    index = os.environ.get("SLURM_ARRAY_TASK_ID")
+    if index is None:
         raise UserError(f"--teacher was given {len(names)} times, which only the elements of a job array can share out: "
                         "give it once, or use --on slurm")
-    return names[index]
+    if int(index) >= len(names):
+        raise UserError(f"this is element {index} of a job array, but --teacher was given {len(names)} times, for elements "
+                        f"0 to {len(names) - 1}: submit an array of that size")
+    return names[int(index)]
 
 
 def _check_plan(recipe: Recipe, ranks: int) -> None:

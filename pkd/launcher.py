@@ -25,6 +25,7 @@ class Launch:
     port: int  # 0: none needed
     attempt: str  # differs between a job's restarts by its launcher
     serves_store: bool  # whether this process serves the rendezvous store
+    nodes: int = 1  # as far as the launcher tells
 
 
 def read_launch(env: Mapping[str, str]) -> Launch:
@@ -45,9 +46,11 @@ def read_launch(env: Mapping[str, str]) -> Launch:
         rank, world = _number(env, "SLURM_PROCID"), _number(env, "SLURM_STEP_NUM_TASKS")
         _check(rank, world, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
         nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))
-        step = f"{env.get('SLURM_JOB_ID', '0')}.{env.get('SLURM_STEP_ID', '0')}"
+        # A restart may come while the start before still holds its port.
+        step = ".".join(env.get(f"SLURM_{key}", "0") for key in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
         return Launch("srun", rank, world, _number(env, "SLURM_LOCALID"), first_host(nodes),
-                      FIRST_PORT + zlib.crc32(step.encode()) % PORTS, env.get("SLURM_RESTART_COUNT", "0"), rank == 0)
+                      FIRST_PORT + zlib.crc32(step.encode()) % PORTS, env.get("SLURM_RESTART_COUNT", "0"), rank == 0,
+                      int(env.get("SLURM_STEP_NUM_NODES", "1")))
     return Launch("plain", 0, 1, 0, "127.0.0.1", 0, "0", True)
 
 

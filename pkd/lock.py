@@ -36,7 +36,7 @@ class Lock:
         deadline = time.monotonic() + PATIENCE
         while not self._take(kind):
             if time.monotonic() > deadline:
-                holders = [holder for file in [path, *(others or [])] if (holder := held_by(file))]
+                holders = [holder for file in [path, *(others or [])] if (holder := held_by(file)) is not None]
                 if not holders or not all(_is_dead(holder) for holder in holders):
                     raise UserError(f"run folder {path.parent} is being written by another job "
                                     f"({told(holders[0]) if holders else 'which left no word'}): wait for it, end it, or "
@@ -47,11 +47,13 @@ class Lock:
             time.sleep(0.1)
         self._write_record()
 
+    @property
+    def inode(self) -> int:
+        return os.fstat(self.file.fileno()).st_ino
+
     def check(self) -> None:
         """Raises UserError if another job took this lock over, having every reason to think that this one was dead."""
-        if not self._is_current():
-            raise UserError(f"another job ({told(held_by(self.path) or {})}) has taken run folder {self.path.parent} over "
-                            "while this one could not be reached: this one ends without writing")
+        check_inode(self.path, self.inode)
 
     def release(self) -> None:
         self.file.close()
@@ -79,7 +81,7 @@ class Lock:
 
     def _is_current(self) -> bool:
         try:
-            return os.stat(self.path).st_ino == os.fstat(self.file.fileno()).st_ino
+            return os.stat(self.path).st_ino == self.inode
         except OSError:
             return False
 
@@ -92,19 +94,34 @@ class Lock:
         self.file.truncate(0)
         self.file.write(json.dumps(self.record) + "\n")
         self.file.flush()
+        os.fsync(self.file.fileno())  # or other nodes may read an empty record for a while
+
+
+def check_inode(path: Path, inode: int) -> None:
+    """Raises UserError if `path` is not that file any more: another job took the lock over."""
+    try:
+        same = os.stat(path).st_ino == inode
+    except OSError:
+        same = False
+    if not same:
+        raise UserError(f"another job ({told(held_by(path) or {})}) has taken run folder {path.parent} over while this one "
+                        "could not be reached: this one ends without writing")
 
 
 def held_by(path: Path) -> dict | None:
     """The record of who holds a lock, {} if it is held without a readable one, None if nobody does."""
-    try:
-        with open(path, "r+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return _record(file.read())
-    except OSError:
-        pass
-    return None
+    for mode in ("r+", "r"):  # some file systems lock only what may be written, some users may only read
+        try:
+            with open(path, mode, encoding="utf-8") as file:
+                try:
+                    fcntl.flock(file, (fcntl.LOCK_EX if mode == "r+" else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return _record(file.read())
+            return None
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBADF):
+                return None
+    return {} if path.exists() else None
 
 
 def told(record: dict) -> str:

@@ -30,7 +30,7 @@ class Order:
     def arguments(self, phase: str) -> list[str]:
         """What comes after `pkd`."""
         if phase == "evaluate":
-            return ["evaluate", str(self.run)]
+            return ["evaluate", str(self.run), *self.words[1:]]
         only = ["--teacher", self.teacher] if phase == "teach" and self.teacher else []
         return [phase, *self.words, "--run-folder", str(self.run), *only]
 

@@ -21,6 +21,8 @@ from pkd.stop import signalled
 from pkd.summary import table
 from pkd.ways import environment
 
+AGAIN = 5.0  # seconds between two signals to srun
+
 
 def run_phases(order: Order, console: Console, dry_run: bool) -> int:
     """Run the phases; the exit code. Raises UserError before anything is started."""
@@ -49,11 +51,13 @@ def run_phase(order: Order, phase: str) -> str:
     if order.way == "srun-deepspeed":
         slurm_job.write_hostfile(order.hostfile(phase), os.environ)
     child = subprocess.Popen(order.command(phase), env={**os.environ, **environment(order.way, os.environ)})
-    told = False
+    told = None  # when
     while child.poll() is None or (order.way == "deepspeed" and _ranks_alive(order, name)):
-        # Ranks that outlive DeepSpeed's launcher have lost nothing but it: they stop and save as after a signal.
-        if not told and (signalled.yes or child.poll() is not None):
-            told = _forward(order, name, child)
+        # Ranks that outlive DeepSpeed's launcher have lost nothing but it: they stop and save as after a signal. srun may
+        # lose a signal to ranks that are just starting, and they take several for one; torchrun would not.
+        due = told is None or (order.way.startswith("srun") and time.monotonic() - told > AGAIN)
+        if due and (signalled.yes or child.poll() is not None) and _forward(order, name, child):
+            told = time.monotonic()
         time.sleep(0.1)
     if is_done(order, phase):
         return "finished"
@@ -70,8 +74,10 @@ def after(order: Order, phase: str, outcome: str, console: Console) -> int:
         console.say(f"{phase} was stopped by a signal, everything is saved: the same command goes on from here")
         return 0
     if in_slurm and outcome != "refused" and slurm_job.may_try_again(order.run, order.name(phase), outcome, console):
-        slurm_job.requeue(console)
-        return 0 if outcome == "stopped" else 1
+        if slurm_job.requeue(console):
+            return 0 if outcome == "stopped" else 1
+        slurm_job.tell_who_waited(order.run, order.name(phase), console)
+        return 1
     if in_slurm:
         slurm_job.tell_who_waited(order.run, order.name(phase), console)
     if outcome == "refused":

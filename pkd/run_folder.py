@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pkd.errors import UserError
 from pkd.files import read_json, write_json
-from pkd.lock import Lock, slurm_job
+from pkd.lock import Lock, check_inode, slurm_job
 from pkd.recipe import Recipe, part
 from pkd.recipe_file import difference, digest, identity
 
@@ -24,6 +24,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.steps = path / "steps.jsonl"
         self.locks: list[Lock] = []
+        self.inodes: dict[str, int] = {}  # of the locks that rank 0 holds, by path
 
     def open(self, recipe: Recipe, phase: str, teacher: str | None = None) -> list[str]:
         """Take the lock and check the identity, as rank 0 alone. Returns remarks for the user. Raises UserError.
@@ -54,8 +55,14 @@ class RunFolder:
                             "delete that one")
         return found
 
+    def held_by_rank_0(self, inodes: dict[str, int]) -> None:
+        """What check_locks() goes by on ranks that hold no lock themselves."""
+        self.inodes = inodes
+
     def check_locks(self) -> None:
-        """Before something is written that another job may have written meanwhile. Raises UserError."""
+        """Before something is written that another job may have written meanwhile, on any rank. Raises UserError."""
+        for path, inode in self.inodes.items():
+            check_inode(Path(path), inode)
         for lock in self.locks:
             lock.check()
 

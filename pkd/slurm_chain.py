@@ -66,13 +66,13 @@ def submit(jobs: list[Submission], script: Path, extra: list[str], run: Path, co
     for job in jobs:
         try:
             ids[job.name] = ask(*sbatch(job, script, extra, ids)).strip().split(";")[0]
+            write_json(run / "jobs.json", ids)
         except UserError:
             if ids:
                 ask("scancel", *ids.values())
             raise
         console.say(f"submitted {ids[job.name]}: {job.name}"
                     + (f", after {', '.join(ids[name] for name in job.after)}" if job.after else ""))
-    write_json(run / "jobs.json", ids)
     console.say(f"pkd status {run} tells where it stands; scancel {' '.join(ids.values())} ends it")
 
 

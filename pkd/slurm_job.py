@@ -40,33 +40,44 @@ def write_hostfile(path: Path, env: Mapping[str, str]) -> None:
     write_bytes(path, "".join(f"{host} slots={slots}\n" for host in hosts).encode())
 
 
+def job_id() -> str:
+    """Of this job, or of this element of an array: one element's SLURM_JOB_ID is also the name of the whole array."""
+    env = os.environ
+    if "SLURM_ARRAY_JOB_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env["SLURM_JOB_ID"]
+
+
 def may_try_again(run: Path, name: str, outcome: str, console: Console) -> bool:
     """Whether this job is to be queued again: not if it was cancelled, nor if it ends over and over at one place."""
     if _job_state() not in ("RUNNING", "UNKNOWN"):  # it was cancelled, or Slurm itself is at it
         return False
-    path, now = run / "state" / f"{name}.tries.json", progress(run)
+    path, now = run / "state" / f"{name}.tries.json", progress(run, name)
     before = read_json(path) if path.exists() else {}
-    count = before["count"] + 1 if before.get("progress") == now and before["outcome"] == outcome else 1
-    write_json(path, {"progress": now, "outcome": outcome, "count": count})
+    counts = before["counts"] if before.get("progress") == now else {}
+    count = counts.get(outcome, 0) + 1
     if count < TRIES[outcome]:
+        write_json(path, {"progress": now, "counts": {**counts, outcome: count}})
         return True
+    path.unlink(missing_ok=True)  # who mends it and submits it again has all tries again
     what = "was stopped" if outcome == "stopped" else "failed"
     console.error(f"pkd: {name} {what} {count} times in a row without getting on, so it is not queued again: mend what the "
                   f"logs in {run / 'logs'} name, or give it a longer --time, then submit the same job")
     return False
 
 
-def requeue(console: Console) -> None:
-    """Queue this job again; Slurm then ends this process. Returns where it does not."""
+def requeue(console: Console) -> bool:
+    """Queue this job again; Slurm then ends this process. False where it refuses."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
-    console.say(f"Slurm job {os.environ['SLURM_JOB_ID']} is queued again and goes on from the last checkpoint")
+    console.say(f"Slurm job {job_id()} is queued again and goes on from the last checkpoint")
     sys.stdout.flush()
-    asked = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True)
+    asked = subprocess.run(["scontrol", "requeue", job_id()], capture_output=True, text=True)
     if asked.returncode:
         console.error(f"pkd: Slurm did not queue the job again ({asked.stderr.strip()}): submit the same job, it goes on")
-        return
+        return False
     time.sleep(120)
+    return True
 
 
 def tell_who_waited(run: Path, name: str, console: Console) -> None:
@@ -82,8 +93,7 @@ def tell_who_waited(run: Path, name: str, console: Console) -> None:
 
 
 def _job_state() -> str:
-    asked = subprocess.run(["scontrol", "--oneliner", "show", "job", os.environ["SLURM_JOB_ID"]], capture_output=True,
-                           text=True)
+    asked = subprocess.run(["scontrol", "--oneliner", "show", "job", job_id()], capture_output=True, text=True)
     return next((word[9:] for word in asked.stdout.split() if word.startswith("JobState=")), "UNKNOWN")
 
 

@@ -45,7 +45,7 @@ def standing(path: Path) -> Standing:
     newest = _newest(run.checkpoints)
     lines = read_lines(run.metrics)
     done = bool(teachers) and all(state == "done" for state in teachers.values())
-    evaluated = (path / "summary.json").exists()
+    evaluated = _evaluated(path, distill)
     archive = _archive(run)
     waits = free.get("soft_targets") == "archive" and archive != "done" and distill["state"] == "none"
     phase = ("archive" if waits else "distill") if done else "teach"
@@ -60,11 +60,23 @@ def standing(path: Path) -> Standing:
         accuracy=lines[-1]["ensemble"]["accuracy"] if lines else None, evaluated=evaluated)
 
 
-def progress(path: Path) -> list[int]:
-    """Numbers that only grow while a run gets on: teachers there, their checkpoints' steps, shards, the students' step."""
-    steps = [int(folder.name[5:]) for folder in path.glob("teachers/*.training/step-*") if folder.name[5:].isdigit()]
+def progress(path: Path, name: str) -> list[int]:
+    """Numbers that only grow while a phase gets on: its teachers that are there, their checkpoints' steps, shards, the
+    students' step. name: the phase, or "teach-<teacher>", to which other teachers do not count.
+    """
+    mine = name.removeprefix("teach-") if name.startswith("teach-") else "*"
+    steps = [int(folder.name[5:]) for folder in path.glob(f"teachers/{mine}.training/step-*") if folder.name[5:].isdigit()]
     newest = _newest(path / "checkpoints")
-    return [len(list(path.glob("teachers/*.json"))), sum(steps), len(_shards(path)), int(newest.name[5:]) if newest else 0]
+    return [len(list(path.glob(f"teachers/{mine}.json"))), sum(steps), len(_shards(path)),
+            int(newest.name[5:]) if newest else 0]
+
+
+def _evaluated(path: Path, distill: dict) -> bool:
+    """Whether there is a summary of these students on the whole test split, not of a smoke run."""
+    if not (path / "summary.json").exists():
+        return False
+    summary = read_json(path / "summary.json")
+    return summary["complete"] and summary.get("evaluated", 0.0) >= distill.get("time", 0.0)
 
 
 def _archive(run: RunFolder) -> str:

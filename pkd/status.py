@@ -65,5 +65,6 @@ def _jobs(path: Path) -> dict[str, str]:
         states = [word[9:] for word in asked.stdout.split() if word.startswith("JobState=")]
         reasons = {word[7:] for word in asked.stdout.split() if word.startswith("Reason=")} - {"None"}
         text = ", ".join(f"{states.count(s)} {s}" if len(states) > 1 else s for s in sorted(set(states)))
-        out[f"{job} ({name})"] = (text or "forgotten by Slurm") + (f" ({', '.join(sorted(reasons))})" if reasons else "")
+        silent = "forgotten by Slurm" if "Invalid job id" in asked.stderr else "Slurm does not answer"
+        out[f"{job} ({name})"] = (text or silent) + (f" ({', '.join(sorted(reasons))})" if reasons else "")
     return out

@@ -68,10 +68,13 @@ def _teach(job: Job, teachers: list[Teacher], steps: int, name: str) -> str:
 
 def _group_the_rest(job: Job) -> Pyramid:
     """The whole pyramid, once the top teacher is there to be confused; rank 0 looks, all ranks hear."""
+    def beat():
+        job.beat("grouping classes by confusion", group=None if job.world.rank == 0 else "rank 0's grouping")
+
     def decide():
         top = read_teacher(job.run.teachers, job.recipe, job.pyramid.teachers[0], job.data, complete=False)[0]
-        group_levels(job.recipe, job.data, job.run.teachers, top, job.world.device)
-    job.beat("grouping classes by confusion")
+        group_levels(job.recipe, job.data, job.run.teachers, top, job.world.device, beat)
+    beat()
     job.world.first("groups by confusion", decide)
     return pyramid_of(job.recipe, job.data, job.run.teachers)
 

@@ -25,6 +25,7 @@ class Watchdog(threading.Thread):
         super().__init__(daemon=True, name="watchdog")
         self.store, self.rank, self.size, self.role = store, rank, size, role
         self.limit, self.say = limit, say
+        self.knob = "timeouts.start"  # which sets the limit
         self.phase, self.step, self.group, self.count = "starting", 0, OWN_WORK, 0
         self.stop_requested = threading.Event()  # some rank asked the whole job to stop
         self._done, self._wake = threading.Event(), threading.Event()
@@ -44,6 +45,7 @@ class Watchdog(threading.Thread):
 
     def steady(self, limit: float) -> None:
         """The start is over: another limit holds from now on, which the others hear of at once."""
+        self.knob = "timeouts.step"
         if self.limit != limit:
             self.limit = limit
             self._wake.set()
@@ -135,5 +137,5 @@ class Watchdog(threading.Thread):
 
     def _end(self, why: str) -> None:
         self.say(f"pkd: hang: rank {self.rank} ({self.role}) waited {self.limit:.0f} s in {self.phase} at step "
-                 f"{self.step} for {self.group} without anybody's progress; {why}; raise timeouts.step if that is healthy")
+                 f"{self.step} for {self.group} without anybody's progress; {why}; raise {self.knob} if that is healthy")
         os._exit(EXIT_HANG)

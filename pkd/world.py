@@ -42,7 +42,7 @@ class World:
             return dist.PrefixStore(f"pkd/{launch.attempt}", store)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(launch.address, launch.port))
         serve = launch.serves_store and not hasattr(self, "store")
-        listener = _listen(launch.address, launch.port) if serve else None
+        listener = _listen(launch) if serve else None
         try:
             store = dist.TCPStore(launch.address, launch.port, launch.world_size, is_master=serve,
                                   timeout=datetime.timedelta(seconds=self.timeouts.start), wait_for_workers=False,
@@ -102,7 +102,7 @@ class World:
                 raise
             self.store.set(key, json.dumps(answer))
             return answer["ok"]
-        answer = json.loads(self.store.get(key))
+        answer = json.loads(self._wait_for(key))
         if "error" in answer:
             raise UserError(answer["error"])
         return answer["ok"]
@@ -112,7 +112,13 @@ class World:
         if self.rank:
             self.store.set(f"gather/{name}/{self.rank}", json.dumps(mine))
             return None
-        return [mine] + [json.loads(self.store.get(f"gather/{name}/{rank}")) for rank in range(1, self.size)]
+        return [mine] + [json.loads(self._wait_for(f"gather/{name}/{rank}")) for rank in range(1, self.size)]
+
+    def _wait_for(self, key: str) -> bytes:
+        """What another rank sets, however long it works at it: the watchdog sees to those that do not."""
+        while not self.store.check([key]):
+            time.sleep(0.01)
+        return self.store.get(key)
 
     def meet(self, name: str, stopped: bool) -> bool:
         """Wait, however long, until every rank has called this with `name`; whether any of them was stopped."""
@@ -163,14 +169,20 @@ def _interface(address: str, port: int) -> str:
     raise LocalError(f"no network interface has the address {mine} that reaches {address}: set GLOO_SOCKET_IFNAME")
 
 
-def _listen(address: str, port: int) -> int:
+def _listen(launch: Launch) -> int:
     """A listening socket on the job's own interface only, handed to the store's server."""
+    address, port = launch.address, launch.port
+    if launch.nodes > 1 and socket.gethostbyname(address).startswith("127."):
+        raise UserError(f"{launch.nodes} nodes are to reach rank 0 at {address}, but that name is "
+                        f"{socket.gethostbyname(address)} here, which no other node can reach: correct /etc/hosts of "
+                        f"{socket.gethostname()}, or set MASTER_ADDR to an address of its network")
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((address, port))
         listener.listen(4096)
     except OSError as error:
-        raise UserError(f"rank 0 cannot serve the store at {address}:{port} ({error.strerror}): choose another "
-                        "MASTER_PORT, or end the job that holds it") from None
+        remedy = ("submit the job anew, which gives it another port" if launch.by == "srun" else
+                  "choose another MASTER_PORT, or end the job that holds it")
+        raise UserError(f"rank 0 cannot serve the store at {address}:{port} ({error.strerror}): {remedy}") from None
     return listener.detach()
