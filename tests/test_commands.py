@@ -95,6 +95,8 @@ def test_an_unfinished_run_is_not_evaluated(tiny, new_run, taught):
     run(1, "distill", tiny, "--run-folder", folder, teachers_from, "--steps", 2)
     assert "cut short by --steps" in refused(1, "evaluate", folder)
     run(1, "evaluate", folder, "--steps", 10)
+    assert not json.loads((folder / "summary.json").read_text())["complete"]
+    assert not json.loads(run(1, "status", folder, "--json")[0].out)["evaluated"], "a smoke run evaluates nothing"
     assert json.loads((folder / "summary.json").read_text())["test_images"] == 10
 
 

@@ -99,6 +99,9 @@ def test_mistakes_end_a_launch_with_code_2_before_any_rank_starts(tiny, new_run,
     assert "--nodes is 2" in refused(1, *words, "--nodes", 2)
     assert "job array" in refused(1, *words, "--teacher", "level0", "--teacher", "level1-0")
     assert "SLURM_JOB_ID" in refused(1, *words[:-1], "srun")
+    assert "allocation" in refused(1, *words[:-1], "srun", "--nodes", 2)
+    assert "did you mean level0" in refused(1, *words[:-1], "slurm", "--teacher", "levle0", "--phases", "teach")
+    assert "add --phases teach" in refused(1, *words[:-1], "slurm", "--teacher", "level0")
     assert not folder.exists()
     words = ("launch", tiny, teachers_from, "--run-folder", finished, "--on", "torchrun", "students.0.lr=1")
     assert "belongs to another recipe" in refused(1, *words)
@@ -115,6 +118,11 @@ def test_a_dry_run_prints_the_commands_and_starts_nothing(tiny, tmp_path):
     assert "afterok:<id of teach-top>:<id of teach-specialists> --kill-on-invalid-dep=yes" in distill
     assert "afterok:<id of distill>" in evaluate and all("--partition=gpu" in line for line in (top, evaluate))
     assert "#SBATCH --requeue" in out and "export SRUN_CPUS_PER_TASK" in out
+    out = run(1, *words, "slurm", "--nodes", 8, "--ranks-per-node", 8, "--phases", "teach")[0].out
+    assert "teach-specialists" in out and "pkd-distill" not in out, "too many ranks for the students are enough for teachers"
+    out = run(1, *words, "torchrun", "--phases", "teach", "--teacher", "level0", env=lambda rank: {
+        "SLURM_ARRAY_TASK_ID": "3"})[0].out
+    assert "--teacher level0" in out, "in an array of somebody's own"
     assert not (tmp_path / "run").exists()
 
 

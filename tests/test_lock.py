@@ -1,5 +1,6 @@
 """Locks of a run folder: one writer, or several teachers at a time; a dead holder's lock is no lock."""
 
+import errno
 import multiprocessing
 import os
 import subprocess
@@ -11,6 +12,7 @@ from ranks import clean_environment
 import pkd.lock
 from pkd.errors import UserError
 from pkd.lock import Lock, held_by
+from pkd.run_folder import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +122,37 @@ def test_of_many_that_come_at_once_one_wins(tmp_path):
     for process in processes:
         process.join()
     assert sorted(outcomes) == ["refused"] * 7 + ["won"]
+
+
+def test_a_lock_without_a_readable_record_is_held_by_somebody(tmp_path):
+    """Such as for a moment on another node: nobody takes it over."""
+    with holder(tmp_path / "lock") as other:
+        (tmp_path / "lock").write_text("")
+        assert held_by(tmp_path / "lock") == {}
+        with pytest.raises(UserError, match="an unknown job"):
+            Lock(tmp_path / "lock", "distill")
+        other.kill()
+
+
+def test_who_may_only_read_sees_the_holder_too(tmp_path, monkeypatch):
+    def read_only(path, mode="r", **options):
+        if "+" in mode or "w" in mode:
+            raise PermissionError(errno.EACCES, "no")
+        return open(path, mode, **options)
+    with holder(tmp_path / "lock") as other:
+        monkeypatch.setattr(pkd.lock, "open", read_only, raising=False)
+        assert held_by(tmp_path / "lock")["pid"] == other.pid
+        other.kill()
+        other.wait()
+        assert held_by(tmp_path / "lock") is None
+
+
+def test_ranks_without_a_lock_of_their_own_notice_a_take_over(tmp_path):
+    lock = Lock(tmp_path / "lock", "teach")
+    run = RunFolder(tmp_path)
+    run.held_by_rank_0({str(lock.path): lock.inode})
+    run.check_locks()
+    lock._replace()
+    with pytest.raises(UserError, match=r"has taken run folder .* over"):
+        run.check_locks()
+    lock.release()

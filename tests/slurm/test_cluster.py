@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
+from ranks import REPOSITORY
 from virtual_hosts import until
 
 
@@ -102,3 +103,17 @@ def test_a_cluster_that_cannot_start_says_why_and_leaves_nothing(tmp_path, monke
     assert traces(tmp_path / "none") == []
     with pytest.raises(ValueError, match="with spaces"):
         Cluster(tmp_path / "a b")
+
+
+def test_only_the_stopped_element_of_an_array_is_queued_again(cluster, tmp_path):
+    """The element whose own id is the array's, by which Slurm would queue all elements again."""
+    (tmp_path / "state").mkdir()
+    again = ("from pathlib import Path; from pkd.console import Console; from pkd import slurm_job; "
+             f"assert slurm_job.may_try_again(Path('{tmp_path}'), 'teach-x', 'stopped', Console()); "
+             "assert slurm_job.requeue(Console())")
+    job = cluster.sbatch("--array=0-2", "--requeue", f"--output={tmp_path}/%a", "--wrap",
+                         'if [ -n "$SLURM_RESTART_COUNT" ]; then exit 0; fi; '
+                         f'if [ "$SLURM_JOB_ID" = "$SLURM_ARRAY_JOB_ID" ]; then exec python -c "{again}"; fi; sleep 3',
+                         env={"PYTHONPATH": str(REPOSITORY)})
+    assert cluster.wait(job, 60) == "COMPLETED", [path.read_text() for path in sorted(tmp_path.glob("?"))]
+    assert sorted(int(one["Restarts"]) for one in cluster.show(job)) == [0, 0, 1]

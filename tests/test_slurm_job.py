@@ -1,0 +1,48 @@
+"""How often a Slurm job is queued again, and under which name; without Slurm."""
+
+import pytest
+
+from pkd import slurm_job
+from pkd.console import Console
+from pkd.slurm_job import TRIES, job_id, may_try_again
+
+
+@pytest.fixture
+def again(tmp_path, monkeypatch):
+    """again(phase, outcome) -> may_try_again of a job that runs."""
+    monkeypatch.setattr(slurm_job, "_job_state", lambda: "RUNNING")
+    (tmp_path / "state").mkdir()
+    return lambda name, outcome: may_try_again(tmp_path, name, outcome, Console(quiet=True))
+
+
+def test_an_element_of_an_array_has_a_name_of_its_own(monkeypatch):
+    """One of them has the array's id as its own, by which Slurm would queue all of them again."""
+    monkeypatch.setenv("SLURM_JOB_ID", "70")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    assert job_id() == "70"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "70")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert job_id() == "70_3"
+
+
+def test_fruitless_starts_are_counted_by_outcome_and_begin_anew_after_giving_up(again):
+    kinds = ["failed", "stopped"] * (TRIES["failed"] - 1)
+    assert all(again("distill", outcome) for outcome in kinds), "a stop between failures does not make up for them"
+    assert not again("distill", "failed")
+    assert all(again("distill", "failed") for _ in range(TRIES["failed"] - 1))
+
+
+def test_only_a_teachers_own_progress_gives_it_new_tries(again, tmp_path):
+    def fails(name):
+        return [again(name, "failed") for _ in range(TRIES["failed"])].index(False) + 1
+
+    def save(teacher, step):
+        (tmp_path / "teachers" / f"{teacher}.training" / f"step-{step}").mkdir(parents=True)
+    assert again("teach-level1-2", "failed")
+    save("level0", 5)
+    assert again("teach-level1-2", "failed")
+    save("level0", 9)
+    assert fails("teach-level1-2") == TRIES["failed"] - 2
+    assert again("teach-level1-2", "failed")
+    save("level1-2", 1)
+    assert fails("teach-level1-2") == TRIES["failed"]
