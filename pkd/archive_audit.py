@@ -18,7 +18,6 @@ from pkd.job import Job
 from pkd.network_file import derived_seed
 from pkd.row_format import RowFormat
 from pkd.schedule import BLOCK
-from pkd.teacher import centred
 
 # Logits may differ by so much where kernels need not repeat to the last bit, by the arithmetic of the teachers.
 TOLERANCE = {"fp32": 0.02, "bf16": 0.2}
@@ -56,7 +55,7 @@ def audit(job: Job, count: int) -> str:
         stored = torch.cat([_matrix(folder / layout.file(piece.view * layout.shards + int(k))[0], name)
                             [torch.from_numpy(row[shard == k])] for k in np.unique(shard)])
         images = filling.views.batch(torch.from_numpy(piece.ids), piece.view)
-        logits = centred(host.forward(host.networks[piece.teacher], images)).cpu()
+        logits = host.forward(host.networks[piece.teacher], images).cpu()
         excess, difference = compare(form, stored, form.encode(logits), tolerance)
         rows, bad = rows + len(stored), worst["bad"] + int((excess > 0).sum())
         if float(excess.max()) > worst["excess"]:

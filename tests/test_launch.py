@@ -100,7 +100,7 @@ def test_mistakes_end_a_launch_with_code_2_before_any_rank_starts(tiny, new_run,
     assert "job array" in refused(1, *words, "--teacher", "level0", "--teacher", "level1-0")
     assert "SLURM_JOB_ID" in refused(1, *words[:-1], "srun")
     assert "allocation" in refused(1, *words[:-1], "srun", "--nodes", 2)
-    assert "did you mean level0" in refused(1, *words[:-1], "slurm", "--teacher", "levle0", "--phases", "teach")
+    assert "did you mean 'level0'" in refused(1, *words[:-1], "slurm", "--teacher", "levle0", "--phases", "teach")
     assert "add --phases teach" in refused(1, *words[:-1], "slurm", "--teacher", "level0")
     assert not folder.exists()
     words = ("launch", tiny, teachers_from, "--run-folder", finished, "--on", "torchrun", "students.0.lr=1")
