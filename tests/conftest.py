@@ -11,6 +11,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ranks import run
 
+LONGEST = ("slurm", "test_archive", "test_invariants", "test_launch")  # first, so that no worker is left with one of them
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One group of tests a file, which one worker runs; all that use the Slurm cluster are one."""
+    def name(item: pytest.Item) -> str:
+        return "slurm" if item.path.parent.name == "slurm" else item.path.stem
+    items.sort(key=lambda item: LONGEST.index(name(item)) if name(item) in LONGEST else len(LONGEST))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(name(item)))
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
