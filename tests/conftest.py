@@ -14,6 +14,7 @@ from ranks import run
 LONGEST = ("slurm", "test_archive", "test_invariants", "test_launch")  # first, so that no worker is left with one of them
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One group of tests a file, which one worker runs; all that use the Slurm cluster are one."""
     def name(item: pytest.Item) -> str:
