@@ -82,6 +82,7 @@ def _server(repository: Path) -> str:
 
 def serve(address: str) -> None:
     """Fork for each connection, until standard input ends. Returns only in a forked rank, which then runs pkd."""
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  (the first engine imports it, and torch's compiler)
     import torch._dynamo  # noqa: F401  (torch.optim imports it at its first step)
 
     import pkd.archive
