@@ -6,22 +6,36 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ranks import run
 
+settings.register_profile("shared machine", deadline=None)  # an example may take long where others compute, too
+settings.load_profile("shared machine")
+
 LONGEST = ("slurm", "test_archive", "test_invariants", "test_launch")  # first, so that no worker is left with one of them
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def group(nodeid: str) -> str:
+    """Tests that one worker runs: those of a file, for its fixtures; and all that use the Slurm cluster."""
+    path = Path(nodeid.partition("::")[0])
+    return "slurm" if path.parent.name == "slurm" else path.stem
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One group of tests a file, which one worker runs; all that use the Slurm cluster are one."""
-    def name(item: pytest.Item) -> str:
-        return "slurm" if item.path.parent.name == "slurm" else item.path.stem
-    items.sort(key=lambda item: LONGEST.index(name(item)) if name(item) in LONGEST else len(LONGEST))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(name(item)))
+    items.sort(key=lambda item: LONGEST.index(group(item.nodeid)) if group(item.nodeid) in LONGEST else len(LONGEST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+    return Groups(config, log)
 
 
 @pytest.fixture(scope="session")
