@@ -13,14 +13,14 @@ from pkd.archive_layout import Layout
 from pkd.archive_record import FOLDER, RECORD, fitting, folders, made_of, pixels
 from pkd.archive_shards import Shards
 from pkd.ballot import Ballot, Vote
-from pkd.cost import teacher_costs
+from pkd.cost import network_cost
 from pkd.errors import UserError
 from pkd.files import read_json, write_json
 from pkd.hardware import memory_per_rank
 from pkd.job import Job
 from pkd.network_file import read_teacher, teacher_hash
 from pkd.objective import Constants, asked, constants
-from pkd.placement import USABLE
+from pkd.rank_map import USABLE
 from pkd.recipe_file import digest
 from pkd.row_format import row_formats
 from pkd.schedule import BLOCK, Router
@@ -53,7 +53,7 @@ class Filling:
 
     def __init__(self, job: Job, wanted: list[int], fixed: Constants):
         recipe, world = job.recipe, job.world
-        self.job, self.wanted, self.own, self.folder = job, wanted, fixed.own, job.run.path / FOLDER
+        self.job, self.wanted, self.folder = job, wanted, job.run.path / FOLDER
         teachers = [job.pyramid.teachers[index] for index in wanted]
         hashes = world.first("teachers", lambda: {t.name: teacher_hash(job.run.teachers, recipe, t, job.data, True)
                                                   for t in teachers})
@@ -99,9 +99,10 @@ class Filling:
 
     def _prepare(self) -> None:
         """Say how large it will be; take away what is there of other soft targets. Raises UserError."""
-        job, layout, recipe = self.job, self.layout, self.job.recipe
-        _, sizes = teacher_costs(recipe, job.pyramid, job.data, self.wanted, self.own)
-        need, room = sum(sizes.values()), USABLE * min(memory_per_rank(job.hardware))
+        job, layout = self.job, self.layout
+        teachers = [job.pyramid.teachers[index] for index in self.wanted]
+        sizes = [4 * network_cost(t.model, len(t.classes), job.data.channels, job.data.size).parameters for t in teachers]
+        need, room = sum(sizes), USABLE * min(memory_per_rank(job.hardware))
         if need > room:
             raise UserError(f"every rank answers for all {len(sizes)} teachers, whose weights need {need / 2**30:.2f} GiB, "
                             f"but a rank has {room / 2**30:.2f}: start fewer ranks a node, or take larger devices")

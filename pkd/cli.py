@@ -16,7 +16,7 @@ from pkd.launcher import Launch, read_launch
 from pkd.ways import WAYS
 
 COMMANDS = {
-    "plan": "print who would be where; starts nothing",
+    "plan": "print who would be where, and how long a step would take; starts nothing",
     "teach": "train the pyramid's teachers",
     "archive": "write the teachers' soft targets down, where views repeat",
     "distill": "train the students from the teachers",
@@ -56,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
                              "archive again, drawn by chance, and compare")
         if name == "plan":
             own.add_argument("--world", type=_positive, default=1, help="number of ranks")
+            own.add_argument("--device", metavar="NAME", help="of every rank, by its data sheet: a100, h100, h200, l40s, "
+                             "v100 or cpu (one core); default: this machine's")
         if name in ("plan", "status"):
             own.add_argument("--json", action="store_true", help="print it as JSON")
         if name in ("export", "predict"):
@@ -132,7 +134,7 @@ def single(arguments: argparse.Namespace, console: Console) -> None:
         from pkd.recipe_file import load_recipe
 
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        found = plan(recipe, arguments.world, Console(quiet=True) if arguments.json else console)
+        found = plan(recipe, arguments.world, Console(quiet=True) if arguments.json else console, arguments.device)
         if arguments.json:
             console.report(json.dumps(found, indent=2))
     elif arguments.command == "bench":

@@ -1,37 +1,59 @@
-"""What a teacher's forward costs, counted by torch on the meta device, without arithmetic."""
+"""What a network's forward costs, counted layer by layer by torch on the meta device, without arithmetic."""
+
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pkd.data import DataSet
 from pkd.models import build
-from pkd.pyramid import Pyramid
-from pkd.recipe import Model, Recipe
+from pkd.recipe import Model
 
 
-def forward_flops(model: Model, classes: int, channels: int, size: tuple[int, int]) -> tuple[float, int]:
-    """FLOPs of one image's forward, and the number of parameters."""
+@dataclass(frozen=True)
+class Layer:
+    """A module without children. Per image, but for the weights."""
+
+    flops: float
+    read: int  # numbers that it takes in
+    written: int
+    weights: int
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    layers: tuple[Layer, ...]  # in the order of their calls
+    flops: float  # of one image's forward
+    parameters: int
+
+    @property
+    def activations(self) -> int:
+        """Numbers that all layers write for one image: what a backward pass keeps, roughly."""
+        return sum(layer.written for layer in self.layers)
+
+
+@lru_cache(maxsize=256)
+def network_cost(model: Model, classes: int, channels: int, size: tuple[int, int]) -> NetworkCost:
+    """Of `model` for views [channels, *size]. Raises UserError where the network cannot be built."""
     bare = model.model_copy(update={"weights": None})
     device = "cpu" if ":" in model.name else "meta"  # a network of the user's own may not work on meta
     with torch.random.fork_rng(devices=[]):
         network = build(bare, classes, channels, size).eval().to(device)
+    layers: list[Layer] = []
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        def begin(module, inputs):
+            module.flops_before = counter.get_total_flops()
+
+        def end(module, inputs, output):
+            read, written = (sum(t.numel() for t in tensors if isinstance(t, torch.Tensor))
+                             for tensors in (inputs, [output]))
+            layers.append(Layer(counter.get_total_flops() - module.flops_before, read, written,
+                                sum(p.numel() for p in module.parameters())))
+        for module in network.modules():
+            if next(module.children(), None) is None:
+                module.register_forward_pre_hook(begin)
+                module.register_forward_hook(end)
         network(torch.zeros((1, channels, *size), dtype=torch.uint8, device=device))
-    return float(counter.get_total_flops()), sum(p.numel() for p in network.parameters())
-
-
-def teacher_costs(recipe: Recipe, pyramid: Pyramid, data: DataSet, asked: list[int],
-                  own: bool) -> tuple[dict[str, float], dict[str, int]]:
-    """Of each asked teacher: forward FLOPs per training sample (per row, times the share of samples it is asked about),
-    and bytes of its fp32 weights.
-    """
-    labels = data.labels[data.splits["train"]]
-    counts = torch.bincount(labels, minlength=len(data.classes)).double()
-    costs, sizes = {}, {}
-    for index in asked:
-        teacher = pyramid.teachers[index]
-        flops, parameters = forward_flops(teacher.model, len(teacher.classes), data.channels, data.size)
-        share = counts[list(teacher.classes)].sum().item() / len(labels) if own else 1.0
-        costs[teacher.name] = flops * share
-        sizes[teacher.name] = 4 * parameters
-    return costs, sizes
+    total = float(counter.get_total_flops())
+    layers.append(Layer(total - sum(layer.flops for layer in layers), 0, 0, 0))  # between modules, such as attention
+    return NetworkCost(tuple(layers), total, sum(parameter.numel() for parameter in network.parameters()))

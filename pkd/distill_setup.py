@@ -9,17 +9,18 @@ from pkd.archive_layout import Layout
 from pkd.archive_reader import ArchiveReader
 from pkd.archive_record import made_of, open_archive
 from pkd.ballot import Ballot
-from pkd.cost import teacher_costs
+from pkd.calibration import calibrated
+from pkd.devices import device_like
 from pkd.ds_config import load_ds_config
 from pkd.errors import UserError
 from pkd.exchange import Exchange
 from pkd.files import read_json, write_json
-from pkd.hardware import memory_per_rank, nodes
+from pkd.hardware import known_ranks, nodes
 from pkd.job import Job
 from pkd.models import Network
 from pkd.network_file import fresh, open_teacher, read_teacher, teacher_hash
 from pkd.objective import asked, constants
-from pkd.placement import Placement, Ranks, Source, describe, place, without_teachers
+from pkd.placement import Placement, Source, chooses, describe, place, without_teachers
 from pkd.pyramid import Teacher
 from pkd.recipe_file import digest
 from pkd.row_format import row_formats
@@ -27,6 +28,7 @@ from pkd.schedule import Router, Schedule, split
 from pkd.sharded import ShardedNetwork
 from pkd.targets import Unpacker
 from pkd.teacher import TeacherHost, in_dtype
+from pkd.timings import estimated, workload
 from pkd.views import Views
 from pkd.wire import choose
 
@@ -52,12 +54,12 @@ class Setup:
         self.formats = row_formats(recipe.archive, job.pyramid, self.asked, self.constants)
         self.teacher_hashes = self._check_teachers()
         self.archive, self.soft_targets = self._open_archive()
+        self.ballot = Ballot(world.bridge("ballot", list(range(world.size))), recipe.window, recipe.ballot_every)
         self.placement = self._place()
         self.role = self.placement.role(world.rank)
         job.watchdog.role = self.role
         self.sends_views = recipe.teacher_views == "sent" and not self.archive and bool(self.asked)
         self.unpacker = Unpacker(job.pyramid, self.asked)
-        self.ballot = Ballot(world.bridge("ballot", list(range(world.size))), recipe.window, recipe.ballot_every)
         self._join_island()
         self.exchange = self._reader() if self.archive else self._exchange()
         job.beat("placed")
@@ -125,26 +127,32 @@ class Setup:
         return min(self.job.recipe.distill.epochs, -(-steps // self.schedule.steps_per_epoch))
 
     def _place(self) -> Placement:
-        recipe, world, path = self.job.recipe, self.job.world, self.job.run.path / "placement.json"
+        job, recipe, world, path = self.job, self.job.recipe, self.job.world, self.job.run.path / "placement.json"
 
-        def decide():
-            ranks = self.job.hardware
-            known = Ranks(memory_per_rank(ranks), nodes(ranks))
-            wish = digest([recipe.placement.model_dump(mode="json"), recipe.distill.batch, known.nodes,
-                           [rank.device for rank in ranks], self.archive is not None])
-            if path.exists():
-                before = read_json(path)
-                if before.get("wish") == wish and before.get("placement", {}).get("world") == world.size:
-                    return before["placement"]
-            if self.archive:
-                placement = place(without_teachers(recipe), world.size, {}, {}, known).to_json()
-            else:
-                costs, sizes = teacher_costs(recipe, self.job.pyramid, self.data, self.asked, self.constants.own)
-                placement = place(recipe, world.size, costs, sizes, known).to_json()
-            write_json(path, {"wish": wish, "placement": placement})
-            return placement
-        placement = Placement.from_json(world.first("placement", decide))
-        self.job.console.say(describe(placement))
+        def wish():
+            return digest([recipe.placement.model_dump(mode="json"), recipe.distill.batch, nodes(job.hardware),
+                           [rank.device for rank in job.hardware], self.archive is not None])
+
+        def before():
+            tree = read_json(path) if path.exists() else {}
+            fits = tree.get("wish") == wish() and tree.get("placement", {}).get("world") == world.size
+            return tree["placement"] if fits else None
+        found = world.first("placement before", before)
+        if found is None:
+            device = device_like(world.first("device", lambda: job.hardware[0].device))
+            timings = estimated(recipe, job.pyramid, self.data, device)
+            if self.asked and self.archive is None and world.size > 1:
+                timings = calibrated(job, self.schedule, self.views, self.ballot, timings, chooses(recipe, world.size))
+
+            def decide():
+                wanted = recipe, workload(recipe, job.pyramid, self.data, timings, device.runtime)
+                wanted = without_teachers(*wanted) if self.archive else wanted
+                placement = place(wanted[0], world.size, wanted[1], known_ranks(job.hardware, recipe.threads)).to_json()
+                write_json(path, {"wish": wish(), "placement": placement})
+                return placement
+            found = world.first("placement", decide)
+        placement = Placement.from_json(found)
+        job.console.say(describe(placement))
         return placement
 
     def _check_teachers(self) -> dict[str, str]:

@@ -1,11 +1,14 @@
 """What every rank tells the others about itself at the start: its node, its process and its device."""
 
 import os
+import platform
 import socket
 from dataclasses import asdict, dataclass
 
 import psutil
 import torch
+
+from pkd.rank_map import Ranks
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,7 @@ class Hardware:
     started: float  # the process's start, seconds since 1970: pids are used again
     device: str
     memory: int  # bytes of the device; on a CPU of the whole host, which its ranks share
+    cores: str  # that this process may run on, a hexadecimal mask
 
 
 def hardware(device: torch.device) -> Hardware:
@@ -24,7 +28,23 @@ def hardware(device: torch.device) -> Hardware:
         name, memory = properties.name, properties.total_memory
     else:
         name, memory = "cpu", psutil.virtual_memory().total
-    return Hardware(socket.gethostname(), os.getpid(), psutil.Process().create_time(), name, memory)
+    return Hardware(socket.gethostname(), os.getpid(), psutil.Process().create_time(), name, memory, f"{_cores():x}")
+
+
+def _cores() -> int:
+    """A mask of the cores that this process may run on; launchers give each rank some, or all to all."""
+    if hasattr(os, "sched_getaffinity"):
+        return sum(1 << core for core in os.sched_getaffinity(0))
+    return (1 << (os.cpu_count() or 1)) - 1
+
+
+def cpu_model() -> str:
+    """As the kernel names it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def nodes(ranks: list[Hardware]) -> tuple[int, ...]:
@@ -37,6 +57,22 @@ def memory_per_rank(ranks: list[Hardware]) -> tuple[int, ...]:
     """Bytes that each rank may count on: ranks of one host share its memory if they run on its CPU."""
     sharing = {host: sum(r.host == host and r.device == "cpu" for r in ranks) for host in {r.host for r in ranks}}
     return tuple(r.memory // sharing[r.host] if r.device == "cpu" else r.memory for r in ranks)
+
+
+def cores_per_node(ranks: list[Hardware]) -> tuple[float, ...]:
+    """Cores of each node that its ranks compute on, in the order of nodes(); no limit where they compute on GPUs."""
+    out = []
+    for host in dict.fromkeys(rank.host for rank in ranks):
+        mask = 0
+        for rank in ranks:
+            if rank.host == host:
+                mask |= int(rank.cores, 16)
+        out.append(float(mask.bit_count()) if all(r.device == "cpu" for r in ranks if r.host == host) else float("inf"))
+    return tuple(out)
+
+
+def known_ranks(ranks: list[Hardware], threads: int) -> Ranks:
+    return Ranks(memory_per_rank(ranks), nodes(ranks), cores_per_node(ranks), threads)
 
 
 def to_json(ranks: list[Hardware]) -> list[dict]:

@@ -9,10 +9,10 @@ from pkd.console import Console
 from pkd.errors import UserError, nearest
 from pkd.order import Order, is_done
 from pkd.phases import run_phases
-from pkd.placement import SAMPLES_PER_RANK
 from pkd.recipe import Recipe
 from pkd.recipe_file import load_recipe
 from pkd.run_folder import RunFolder
+from pkd.schedule import SAMPLES_PER_RANK
 from pkd.shipped import shipped_file
 
 PHASES = ("teach", "archive", "distill", "evaluate")

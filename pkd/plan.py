@@ -1,79 +1,108 @@
-"""`pkd plan`: who would be where and how large it would be, without starting anything."""
+"""`pkd plan`: who would be where, how long a step would take and what bounds it, without starting anything."""
 
+import time
+from itertools import groupby
+
+import torch
 from rich.table import Table
 
 from pkd.console import Console
-from pkd.cost import forward_flops, teacher_costs
-from pkd.data import load_data
-from pkd.ds_config import load_ds_config, precision, stage
-from pkd.objective import asked, constants
-from pkd.placement import place, without_teachers
-from pkd.pyramid import build_pyramid
+from pkd.data import DataSet, load_data
+from pkd.devices import device_like, device_named
+from pkd.figures import Keys, cached, surroundings
+from pkd.hardware import cores_per_node, hardware
+from pkd.placement import Placement, place, without_teachers
+from pkd.planner import next_rank
+from pkd.pyramid import Pyramid, build_pyramid
+from pkd.rank_map import Ranks
 from pkd.recipe import Recipe
-from pkd.schedule import split
+from pkd.recipe_file import digest
+from pkd.schedule import BLOCK, split
+from pkd.simulator import simulate
+from pkd.system import Prediction, System
+from pkd.timings import estimated, workload
+from pkd.views import Views
+from pkd.workload import Workload
 
-FORWARD_AND_BACKWARD = 3  # a training step costs about three forwards (Kaplan et al. 2020)
 
+def plan(recipe: Recipe, world: int, console: Console, device: str | None = None) -> dict:
+    """Print and return the placement of a recipe on `world` ranks, with the work and the bytes of each.
 
-def plan(recipe: Recipe, world: int, console: Console) -> dict:
-    """Print and return the placement of a recipe on `world` ranks, with work and weights of each rank."""
+    device: every rank's, by its name in the table of devices, one node each; None: this machine's, all ranks on it.
+    """
     data = load_data(recipe.data)
     # Who is confused with whom is not known yet, but how many groups there are, and about how large.
     levels = tuple(level.model_copy(update={"partition": "contiguous"}) if level.partition == "confusion" else level
                    for level in recipe.pyramid)
     pyramid = build_pyramid(levels, data.classes, recipe.seed)
-    fixed = constants(recipe, pyramid.levels)
-    wanted = asked(recipe.objective.kind, pyramid)
+    work, known = _workload(recipe, pyramid, data, world, device)
+    wish = recipe
     if recipe.soft_targets == "archive":
-        placement = place(without_teachers(recipe), world, {})
+        wish, work = without_teachers(recipe, work)
+    placement = place(wish, world, work, known)
+    system = placement.rank_map().system(work, placement.accumulation, known)
+    predicted = simulate(system)
+    ranks = _ranks(placement, work, system, predicted)
+    bounds = system.bounds()
+    found = {
+        "placement": placement.to_json(), "seconds": work.source, "ranks": ranks, "step_ms": 1000 * predicted.step,
+        "idle": {role: predicted.idle(role) for role in dict.fromkeys(rank["role"] for rank in ranks)},
+        "bound_by": max(bounds, key=bounds.get),
+        "next_rank": next_rank(work, placement.rank_map(), placement.accumulation, known, predicted.step),
+    }
+    console.show(_table(f"{recipe.name} on {world} rank(s): {placement.kind}", ranks))
+    console.say("\n".join([placement.why] * bool(placement.why) + [
+        f"a step of {work.batch} samples takes {1000 * predicted.step:.3g} ms ({work.source}), "
+        f"{len(data.splits['train']) // work.batch} of them are an epoch; it is bound by {found['bound_by']}, idle are "
+        + ", ".join(f"{100 * share:.0f} % of the {role} ranks' time" for role, share in found["idle"].items()),
+        f"one more rank would go {found['next_rank']}"]))
+    return found
+
+
+def _workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, world: int, name: str | None) -> tuple[Workload, Ranks]:
+    here = hardware(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    device = device_named(name) if name else device_like(here.device)
+    view = _seconds_a_view(Views(data, recipe.views, recipe.seed), data)
+    timings = estimated(recipe, pyramid, data, device, view, f"estimated for {name or here.device}")
+    if name:
+        known = Ranks((int(device.memory),) * world) if device.memory else Ranks()
     else:
-        placement = place(recipe, world, *teacher_costs(recipe, pyramid, data, wanted, fixed.own))
-    sizes = {t.name: forward_flops(t.model, len(t.classes), data.channels, data.size)[1] for t in pyramid.teachers}
-    students = [forward_flops(s.model, len(data.classes), data.channels, data.size) for s in recipe.students]
-    step_flops = FORWARD_AND_BACKWARD * sum(flops for flops, _ in students)
-    config = load_ds_config(recipe.deepspeed.students)
-    persistent = student_bytes(sum(count for _, count in students), config, placement.student_ranks,
-                               max(_states(s) for s in recipe.students))
-    table = Table(title=f"{recipe.name} on {world} rank(s): {placement.kind}, ZeRO {stage(config)} {precision(config)}")
-    for column in ("rank", "trains", "answers for", "MFLOP/step", "MB of weights and states"):
-        table.add_column(column, justify="left" if column in ("trains", "answers for") else "right")
-    ranks = []
-    shares = split(recipe.distill.batch, placement.student_ranks)
-    for rank in range(world):
-        trains = rank < placement.student_ranks
-        samples = shares[rank].stop - shares[rank].start if trains else 0
-        sources = [source for source in placement.sources if rank in source.ranks]
-        names = [f"{name} (1/{len(source.group)})" if source.group else name
-                 for source in sources for name in source.teachers]
-        flops = samples * step_flops + sum(source.load for source in sources) * recipe.distill.batch
-        size = (persistent if trains else 0) + sum(4 * sizes[name] / len(source.ranks) for source in sources
-                                                   for name in source.teachers)
-        ranks.append({"rank": rank, "role": placement.role(rank), "samples": samples, "flops_per_step": flops,
-                      "teachers": placement.answers_for(rank), "bytes": size})
-        table.add_row(str(rank), f"{len(students)} students on {samples} samples" if trains else "",
-                      ", ".join(names), f"{flops / 1e6:,.1f}", f"{size / 1e6:,.2f}")
-    console.show(table)
-    busiest = max(ranks, key=lambda r: r["flops_per_step"])
-    console.say(f"every step waits for rank {busiest['rank']} ({busiest['role']}); "
-                f"{len(data.splits['train']) // recipe.distill.batch} steps an epoch")
-    return {"placement": placement.to_json(), "ranks": ranks}
+        known = Ranks(cores=cores_per_node([here]), threads=recipe.threads)
+        busy = torch.cuda.device_count() or max(1, int(known.cores[0]) // recipe.threads)
+        keys = Keys(recipe, pyramid, data, surroundings([here.device], min(world, busy), min(world, busy)), world)
+        figures = cached(keys.all())
+        if all(digest(key) in figures for key in keys.all()):
+            timings = keys.timings(figures, timings)
+    return workload(recipe, pyramid, data, timings, device.runtime), known
 
 
-def student_bytes(parameters: int, config: dict, ranks: int, states: int) -> float:
-    """Persistent bytes on one student rank: weights, gradients, master weights, optimizer states by ZeRO stage.
-
-    states: elementwise optimizer states a parameter. After Rajbhandari et al. 2020, figure 1, but for two things that
-    tests/bench/memory.py measures: fp32 has no masters of its own in ZeRO 0, and in ZeRO 1 DeepSpeed too keeps only this
-    rank's part of the gradients once they are reduced.
-    """
-    low = 4 if precision(config) == "fp32" else 2
-    zero = stage(config)
-    weights = low / ranks if zero == 3 else low
-    gradients = low / ranks if zero else low
-    masters = 4 / ranks if zero else 0 if low == 4 else 4
-    return parameters * (weights + gradients + masters + 4 * states / (ranks if zero else 1))
+def _seconds_a_view(views: Views, data: DataSet) -> float:
+    ids = data.splits["train"][:BLOCK]
+    views.batch(ids[:1], 0)
+    began = time.perf_counter()
+    views.batch(ids, 0)
+    return (time.perf_counter() - began) / len(ids)
 
 
-def _states(settings) -> int:
-    own = {"sgd": 1 if settings.momentum else 0, "adamw": 2}[settings.optimizer]
-    return own + (1 if settings.ema else 0)
+def _ranks(placement: Placement, work: Workload, system: System, predicted: Prediction) -> list[dict]:
+    teachers = {source.rank: list(source.teachers) for source in placement.sources}
+    parts = split(work.batch, placement.student_ranks)
+    size = placement.rank_map().bytes(work, placement.accumulation)
+    return [{"rank": rank, "role": placement.role(rank),
+             "samples": parts[rank].stop - parts[rank].start if rank < len(parts) else 0,
+             "teachers": teachers.get(rank, []), "ms": 1000 * float(system.answer[rank] + system.train[rank]),
+             "idle": 1 - float(predicted.busy[rank]), "bytes": int(size[rank])} for rank in range(placement.world)]
+
+
+def _table(title: str, ranks: list[dict]) -> Table:
+    """One row for neighbours that do the same."""
+    table = Table(title=title)
+    for column in ("ranks", "role", "samples", "answer for", "ms of work", "idle %", "GB"):
+        table.add_column(column, justify="left" if column in ("role", "answer for") else "right")
+    for (role, samples, teachers), group in groupby(ranks, key=lambda r: (r["role"], r["samples"], r["teachers"])):
+        same = list(group)
+        first, last = same[0]["rank"], same[-1]["rank"]
+        table.add_row(f"{first}" if first == last else f"{first}-{last}", role, f"{samples or ''}", ", ".join(teachers),
+                      f"{max(r['ms'] for r in same):,.2f}", f"{100 * sum(r['idle'] for r in same) / len(same):.0f}",
+                      f"{max(r['bytes'] for r in same) / 1e9:,.2f}")
+    return table

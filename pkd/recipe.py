@@ -177,7 +177,8 @@ class Distill(Section):
 
 
 class Placement(Section):
-    """Who is where. `auto`: one process is `single`; more are `dedicated`, half of the ranks for students."""
+    """Who is where. `auto`: one process is `single`; more are what the planner finds fastest, or `dedicated` where
+    student_ranks says how many train. `dedicated` without student_ranks gives half of the ranks to the students."""
 
     kind: Literal["auto", "single", "co-located", "dedicated"] = "auto"
     student_ranks: Whole | None = None  # dedicated only

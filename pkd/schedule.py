@@ -14,6 +14,7 @@ import numpy as np
 from pkd.pyramid import Pyramid
 
 BLOCK = 32  # rows of every teacher forward; replicas of a teacher share its routes in whole blocks
+SAMPLES_PER_RANK = 8  # of a micro batch at least: fewer make batch statistics and kernels poor
 
 
 def split(total: int, parts: int) -> list[slice]:

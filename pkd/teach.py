@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pkd import checkpoint
 from pkd.ballot import Ballot, Vote
 from pkd.confusion import group_levels, pyramid_of, waiting_levels
-from pkd.cost import forward_flops
+from pkd.cost import network_cost
 from pkd.data import DataSet
 from pkd.ds_config import load_ds_config
 from pkd.engine import Engine
@@ -21,10 +21,9 @@ from pkd.errors import UserError, nearest
 from pkd.files import read_json, write_json
 from pkd.job import Job
 from pkd.network_file import derived_seed, fresh, read_teacher, teacher_identity, write_network
-from pkd.placement import SAMPLES_PER_RANK
 from pkd.pyramid import Pyramid, Teacher, teacher_names
 from pkd.rates import Rates
-from pkd.schedule import Schedule
+from pkd.schedule import SAMPLES_PER_RANK, Schedule
 from pkd.tensor_file import read_tensors
 from pkd.validate import validate
 from pkd.views import Views
@@ -276,5 +275,5 @@ def _done_steps(job: Job, teacher: Teacher) -> int:
 
 def _costs(job: Job) -> dict[str, float]:
     """Relative training cost; every teacher takes as many steps of as many samples."""
-    return {t.name: forward_flops(t.model, len(t.classes), job.data.channels, job.data.size)[0]
+    return {t.name: network_cost(t.model, len(t.classes), job.data.channels, job.data.size).flops
             for t in job.pyramid.teachers}

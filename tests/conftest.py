@@ -74,7 +74,7 @@ def taught(tiny, tmp_path_factory) -> Path:
 def finished(tiny, taught, tmp_path_factory) -> Path:
     """A run on two ranks, teachers apart, that nothing disturbed; not to be changed."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    run(2, "distill", tiny, "--run-folder", folder, f"teachers_from={taught}")
+    run(2, "distill", tiny, "--run-folder", folder, f"teachers_from={taught}", "placement.kind=dedicated")
     return folder
 
 

@@ -1,10 +1,14 @@
 """Real pkd processes for the tests: one a rank, on this machine, each with its own output and exit code."""
 
+import atexit
+import functools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +22,16 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 def clean_environment() -> dict[str, str]:
     """This process's environment without what a launcher or Slurm put there."""
     kept = {key: value for key, value in os.environ.items() if key not in LAUNCHER and not key.startswith("SLURM_")}
-    return {**kept, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
+    return {**kept, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1",
+            "XDG_CACHE_HOME": _cache()}
+
+
+@functools.cache
+def _cache() -> str:
+    """What pkd times on these ranks is kept for this test session only."""
+    folder = tempfile.mkdtemp(prefix="pkd-cache-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def free_port() -> int:

@@ -121,7 +121,7 @@ def test_one_teacher_can_be_trained_alone_and_is_the_same(tiny, taught, tmp_path
 
 
 def test_plan_prints_what_would_run_and_starts_nothing(tiny, tmp_path):
-    said = run(1, "plan", tiny, "--world", 4, "--json")[0].out
+    said = run(1, "plan", tiny, "--world", 4, "--json", "placement.student_ranks=2")[0].out
     ranks = json.loads(said)["ranks"]
     assert [rank["role"] for rank in ranks] == ["student", "student", "teacher", "teacher"]
     assert "level2-2" in run(1, "plan", tiny, "--world", 2)[0].out
@@ -133,7 +133,8 @@ def test_the_environment_of_srun_is_enough_to_start(tiny, new_run, finished):
     """tests/slurm has the real daemons, test_launch.py the other launchers."""
     folder, teachers_from = new_run("run")
     job = str(free_port())  # another job, another port
-    run(2, "distill", tiny, "--run-folder", folder, teachers_from, launcher=False, env=lambda rank: {
+    words = ("distill", tiny, "--run-folder", folder, teachers_from, "placement.kind=dedicated")
+    run(2, *words, launcher=False, env=lambda rank: {
         "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": str(rank), "SLURM_JOB_ID": job,
         "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost"})
     assert students(folder) == students(finished) and trace(folder) == trace(finished)
@@ -152,7 +153,7 @@ def test_bf16_and_accumulation_run_the_whole_way(tiny, new_run):
 
 def test_terminal_output_is_one_plain_line_an_epoch_and_chatter_goes_to_a_log(tiny, new_run):
     folder, teachers_from = new_run("run")
-    ended = run(2, "distill", tiny, "--run-folder", folder, teachers_from)
+    ended = run(2, "distill", tiny, "--run-folder", folder, teachers_from, "placement.kind=dedicated")
     lines = ended[0].out.splitlines()
     assert sum(line.startswith("epoch ") for line in lines) == 2
     assert all(line.startswith(("epoch ", "dedicated: ", "  rank ")) for line in lines), lines

@@ -19,7 +19,8 @@ END = 60  # seconds
 def start(way: str, *words) -> subprocess.Popen:
     """launch/<way>.sh on two ranks, in a session of its own."""
     environment = {**clean_environment(), "PATH": f"{BIN}:{os.environ['PATH']}"}
-    return subprocess.Popen([SCRIPTS[way], "2", *map(str, words)], env=environment, cwd=REPOSITORY, text=True,
+    words = [*map(str, words), "placement.kind=dedicated"]
+    return subprocess.Popen([SCRIPTS[way], "2", *words], env=environment, cwd=REPOSITORY, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 

@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch.multiprocessing as mp
-from bench.memory import CONFIGS, worker
+from bench.memory import CONFIGS, element_and_stage, worker
 from ranks import free_port
 
-from pkd.ds_config import load_ds_config
-from pkd.plan import student_bytes
+from pkd.workload import student_bytes
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +21,7 @@ def measured(tmp_path_factory):
 def test_weights_gradients_masters_and_states_are_predicted_within_a_tenth(measured, config):
     found = measured[config]
     held = sum(found[kind] for kind in ("weights", "gradients", "masters", "states"))
-    assert student_bytes(found["count"], load_ds_config(config), 2, 1) == pytest.approx(held, rel=0.1)
+    assert student_bytes(found["count"], *element_and_stage(config), 2, 1) == pytest.approx(held, rel=0.1)
 
 
 def test_an_ensemble_under_zero_3_is_held_in_halves_by_two_ranks(measured):

@@ -6,12 +6,16 @@ from itertools import product
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from workloads import work_of
 
+from pkd import placement as placing
 from pkd.errors import UserError
-from pkd.placement import SAMPLES_PER_RANK, USABLE, Placement, Ranks, check_batch, place, share_out
+from pkd.placement import Placement, check_batch
+from pkd.rank_map import USABLE, Ranks
 from pkd.recipe import Recipe
 from pkd.recipe_file import parse_recipe
-from pkd.schedule import BLOCK
+from pkd.schedule import BLOCK, SAMPLES_PER_RANK
+from pkd.share import share_out
 
 quick = settings(max_examples=80, deadline=None)
 
@@ -20,6 +24,11 @@ def recipe(batch: int = 256, **placement) -> Recipe:
     return parse_recipe({
         "name": "r", "data": {"name": "digits"}, "pyramid": [{"model": "m", "teachers": 1}],
         "students": [{"name": "s", "model": "m"}], "distill": {"batch": batch}, "placement": placement})
+
+
+def place(wish: Recipe, world: int, costs: dict[str, float], sizes: dict[str, int] | None = None,
+          known: Ranks | None = None) -> Placement:
+    return placing.place(wish, world, work_of(wish, costs, sizes), known)
 
 
 def costs_of(*, least: int = 1, most: int = 7) -> st.SearchStrategy[dict[str, float]]:
@@ -163,10 +172,10 @@ def test_the_batch_refusal_names_the_number_that_would_fit(batch, ranks, accumul
             check_batch(batch, fits, accumulation)
 
 
-def test_auto_is_single_alone_and_half_students_otherwise():
+def test_auto_is_single_alone_and_dedicated_if_student_ranks_are_given():
     costs = {"top": 2.0, "left": 1.0}
     assert place(recipe(), 1, costs).kind == "single"
-    placement = place(recipe(), 5, costs)
+    placement = place(recipe(student_ranks=2), 5, costs)
     assert (placement.kind, placement.student_ranks) == ("dedicated", 2)
 
 

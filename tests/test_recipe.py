@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from workloads import work_of
 
 from pkd.ds_config import load_ds_config, precision, stage
 from pkd.errors import UserError
@@ -39,14 +40,14 @@ def refusal(action) -> str | None:
 
 
 def follow(recipe: Recipe) -> None:
-    """Everything pure that a run derives from its recipe, on 1 to 8 ranks."""
+    """Everything pure that a run derives from its recipe, on 1, 2 and 5 ranks."""
     digest(identity(recipe))
     pyramid = build_pyramid(recipe.pyramid, CLASSES, recipe.seed)
     assert pyramid.levels == len(recipe.pyramid)
     constants(recipe, pyramid.levels)
     costs = {pyramid.teachers[t].name: 1.0 + t for t in asked(recipe.objective.kind, pyramid)}
-    for world in range(1, 9):
-        refusal(lambda world=world: place(recipe, world, costs))
+    for world in (1, 2, 5):
+        refusal(lambda world=world: place(recipe, world, work_of(recipe, costs)))
 
 
 def parse_and_follow(tree: dict) -> str | None:

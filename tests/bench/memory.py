@@ -22,12 +22,12 @@ from live_storages import storages
 from ranks import free_port
 
 from pkd import state
-from pkd.ds_config import load_ds_config
+from pkd.ds_config import load_ds_config, precision, stage
 from pkd.engine import Engine
 from pkd.launcher import read_launch
 from pkd.models import build
-from pkd.plan import student_bytes
 from pkd.recipe import Model, Optimisation, Timeouts
+from pkd.workload import student_bytes
 from pkd.world import World
 
 HERE = Path(__file__).resolve().parent
@@ -56,6 +56,12 @@ def parts(engine: Engine) -> dict[str, int]:
         seen += tensors
         out[kind] = storages(seen) - before
     return out
+
+
+def element_and_stage(config: str) -> tuple[int, int]:
+    """Bytes of a weight in forward and backward, and the ZeRO stage."""
+    found = load_ds_config(config)
+    return 4 if precision(found) == "fp32" else 2, stage(found)
 
 
 def worker(rank: int, ranks: int, port: int, folder: str) -> None:
@@ -90,7 +96,7 @@ def main() -> None:
         for ranks in (1, 2, 4):
             mp.spawn(worker, (ranks, free_port(), folder), nprocs=ranks)
             for config, found in json.loads(Path(folder, f"{ranks}").read_text()).items():
-                predicted = student_bytes(found["count"], load_ds_config(config), ranks, 1)
+                predicted = student_bytes(found["count"], *element_and_stage(config), ranks, 1)
                 kinds = [found[kind] for kind in ("weights", "gradients", "masters", "states")]
                 ratio = predicted / sum(kinds)
                 worst = max(worst, abs(ratio - 1))

@@ -10,7 +10,7 @@ from slurm_run import SlurmRun
 @pytest.fixture(scope="module")
 def expected(tiny, taught, tmp_path_factory):
     folder = tmp_path_factory.mktemp("expected") / "run"
-    run(4, "distill", tiny, "--run-folder", folder, f"teachers_from={taught}")
+    run(4, "distill", tiny, "--run-folder", folder, f"teachers_from={taught}", "placement.student_ranks=2")
     return trace(folder), students(folder)
 
 

@@ -1,0 +1,125 @@
+"""What was measured of a recipe's parts, in the user's cache: a JSON file each, named by the hash of what decides it."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from pkd.data import DataSet
+from pkd.errors import UserError
+from pkd.files import read_json, write_json
+from pkd.hardware import cpu_model
+from pkd.images import ArrayImages
+from pkd.objective import asked
+from pkd.pyramid import Pyramid, Teacher
+from pkd.recipe import Recipe, part
+from pkd.recipe_file import digest
+from pkd.schedule import SAMPLES_PER_RANK
+from pkd.timings import Timings
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What each measured part of a recipe depends on. Its values are JSON data; digest() of one names its figures."""
+
+    recipe: Recipe
+    pyramid: Pyramid
+    data: DataSet
+    where: dict  # the devices, and how many ranks of a node measure at the same time
+    world: int
+
+    def forward(self, teacher: Teacher) -> dict:
+        """Seconds of a forward of one block."""
+        return {"part": "forward", "model": self._model(teacher.model), "classes": len(teacher.classes),
+                "forward": self.recipe.teachers.forward, **self._common()}
+
+    def train(self) -> dict:
+        """Seconds of a students' step of each of two micro batches, and of a step's routes."""
+        students = [{**part(s, free=False), "model": self._model(s.model)} for s in self.recipe.students]
+        return {"part": "train", "students": students, "classes": len(self.pyramid.classes), "rows": self.rows(),
+                "batch": self.recipe.distill.batch, "objective": part(self.recipe.objective, free=False),
+                "teachers": [len(teacher.classes) for teacher in self.pyramid.teachers],
+                "deepspeed": self.recipe.deepspeed.students, **self._common()}
+
+    def sync(self) -> dict:
+        """Seconds of a students' step of the smaller micro batch, gradients of the measuring ranks all-reduced."""
+        return {**self.train(), "part": "sync"}
+
+    def view(self) -> dict:
+        """Seconds to read, decode and augment one image."""
+        return {"part": "view", "data": self.data.fingerprint, "memory": isinstance(self.data.images, ArrayImages),
+                "views": part(self.recipe.views, free=False), **self._common()}
+
+    def links(self) -> dict:
+        """Seconds of an all-reduce of a small and of a large message over all ranks, and bytes of the large one."""
+        return {"part": "links", "world": self.world, **self.where}
+
+    def rows(self) -> list[int]:
+        """Two sizes of micro batch, between which those that could be needed lie, as far as that is not too much work."""
+        most = self.recipe.distill.batch // self.recipe.placement.accumulation
+        few = min(most // 2, max(SAMPLES_PER_RANK, most // self.world))
+        return [few, min(most, 4 * few)]
+
+    def all(self) -> list[dict]:
+        """Without repetition, in an order that all ranks share."""
+        names = asked(self.recipe.objective.kind, self.pyramid)
+        keys = [self.view(), self.links(), *(self.forward(self.pyramid.teachers[index]) for index in names), self.train()]
+        if self.where["ranks"] > 1 and self.where["devices"] == ["cpu"]:  # NCCL wants a GPU for each rank
+            keys.append(self.sync())
+        return list({digest(key): key for key in keys}.values())
+
+    def timings(self, figures: dict[str, list[float]], otherwise: Timings) -> Timings:
+        """The measured seconds; `otherwise` stands in for what could not be measured."""
+        blocks, sync = dict(otherwise.blocks), None
+        for teacher in self.pyramid.teachers:
+            name = digest(self.forward(teacher))
+            blocks[teacher.name] = figures[name][0] if name in figures else blocks[teacher.name]
+        if digest(self.train()) in figures:
+            few, many, routes = figures[digest(self.train())]
+            rows = self.rows()
+            row = max(0.0, (many - few) / (rows[1] - rows[0]))
+            micro = max(0.0, few - row * rows[0])
+            if digest(self.sync()) in figures:
+                sync = self.where["ranks"], max(0.0, figures[digest(self.sync())][0] - few)
+        else:
+            micro, row, routes = otherwise.micro, otherwise.row, otherwise.step
+        small, large, size = figures[digest(self.links())]
+        rate = 2 * (self.world - 1) / self.world * size / max(large - small, 1e-9)
+        hops = 2 * max(1, (self.world - 1).bit_length())
+        links = replace(otherwise.links, bandwidth=rate, latency=small / hops)
+        return Timings(blocks, micro, row, figures[digest(self.view())][0], routes, links, sync, "measured")
+
+    def _model(self, model) -> dict:
+        return {**part(model, free=False), "weights": None}
+
+    def _common(self) -> dict:
+        return {"channels": self.data.channels, "size": list(self.data.size), "threads": self.recipe.threads,
+                "torch": torch.__version__, **self.where}
+
+
+def surroundings(devices: list[str], busy: int, ranks: int) -> dict:
+    """What all figures depend on. busy: ranks of a node that measure at the same time; ranks: of all nodes together."""
+    return {"devices": devices, "cpu": cpu_model(), "busy": busy, "ranks": ranks}
+
+
+def cached(keys: list[dict]) -> dict[str, list[float]]:
+    """The figures that are there, by digest of their keys."""
+    found = {}
+    for key in keys:
+        name = digest(key)
+        try:
+            found[name] = read_json(_folder() / f"{name}.json")["seconds"]
+        except (UserError, KeyError):  # not there, or damaged: it is measured again
+            continue
+    return found
+
+
+def keep(keys: list[dict], figures: dict[str, list[float]]) -> None:
+    """Write those of `keys` down. Raises UserError where the cache cannot be written."""
+    for key in keys:
+        write_json(_folder() / f"{digest(key)}.json", {"key": key, "seconds": figures[digest(key)]})
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pkd" / "calibration"

@@ -1,0 +1,66 @@
+"""What is simulated, and what comes of it: the work of every rank in a step, their links and their cores; pure."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class System:
+    """What every rank does in a step. Arrays are float [ranks] unless said; the students are the first ranks."""
+
+    students: int
+    answer: np.ndarray  # seconds at work for its own teachers, alone on a core
+    train: np.ndarray  # seconds at work for its micro batches; 0 on teacher ranks
+    sent: np.ndarray  # bytes of soft targets that it broadcasts
+    window: int
+    sync: float = 0.0  # seconds of the gradients' all-reduce, after the slowest student
+    bandwidth: float = np.inf  # bytes per second of one rank's link
+    latency: float = 0.0  # seconds of one message
+    node: np.ndarray | None = None  # int [ranks], numbered from 0; None: one node
+    cores: np.ndarray | None = None  # cores for compute of each node [nodes]; None: enough
+    threads: int = 1  # of a rank at work
+
+    @property
+    def nodes(self) -> np.ndarray:
+        return np.zeros(len(self.answer), dtype=np.int64) if self.node is None else np.asarray(self.node)
+
+    def inbound(self) -> float:
+        """Seconds that one step's soft targets keep a student's link busy."""
+        return float(self.sent.sum()) / self.bandwidth if self._travels() else 0.0
+
+    def outbound(self) -> np.ndarray:
+        """Seconds that a source's link is busy a step: the root of gloo's binomial tree sends about log2(ranks) times."""
+        own = np.arange(len(self.sent)) < self.students
+        others = self.students - own
+        return self.sent / self.bandwidth * np.ceil(np.log2(others + 1))
+
+    def bounds(self) -> dict[str, float]:
+        """What a step takes at least, in seconds, by what takes it."""
+        alone = self.answer + self.train
+        out = {"the student ranks' work": float(alone[:self.students].max()) + self.sync,
+               "the teacher ranks' work": float(alone[self.students:].max(initial=0.0)),
+               "a student's link": self.inbound(), "a teacher's link": float(self.outbound().max())}
+        if self.cores is not None:
+            work = np.bincount(self.nodes, alone * self.threads, minlength=len(self.cores))
+            out["the cores of a node"] = float((work / self.cores).max())
+        return out
+
+    def bound(self) -> float:
+        """A step takes no less than this."""
+        return max(self.bounds().values())
+
+    def _travels(self) -> bool:
+        return len(self.answer) > 1 and bool(self.sent.any())
+
+
+@dataclass(frozen=True)
+class Prediction:
+    step: float  # seconds
+    busy: np.ndarray  # share of the time that each rank is at work, float [ranks]
+    students: int
+
+    def idle(self, role: str) -> float:
+        """Mean idle share of a role, "student" or "teacher"; 0 where there is none."""
+        part = self.busy[:self.students] if role == "student" else self.busy[self.students:]
+        return float(1 - part.mean()) if len(part) else 0.0

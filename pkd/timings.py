@@ -1,0 +1,91 @@
+"""The seconds of a recipe's parts, measured or estimated, and the workload that they make; pure."""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from pkd.cost import network_cost
+from pkd.data import DataSet
+from pkd.devices import BACKWARD, Device
+from pkd.ds_config import load_ds_config, precision, stage
+from pkd.objective import asked, constants
+from pkd.optimizer import parameter_group, state_keys
+from pkd.pyramid import Pyramid
+from pkd.recipe import Recipe
+from pkd.schedule import BLOCK
+from pkd.workload import Links, StudentWork, TeacherWork, Workload
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds on one rank with all cores of its node at work."""
+
+    blocks: dict[str, float]  # teacher -> a forward of BLOCK rows
+    micro: float  # a student micro batch, whatever its rows
+    row: float  # each of its rows
+    view: float  # to read, decode and augment one image
+    step: float = 1e-3  # every rank's bookkeeping in a step
+    links: Links = field(default_factory=Links)
+    sync: tuple[int, float] | None = None  # so many ranks' gradients were all-reduced in so many seconds
+    source: str = "estimated"
+
+
+def estimated(recipe: Recipe, pyramid: Pyramid, data: DataSet, device: Device, view: float = 0.0,
+              source: str = "estimated") -> Timings:
+    """From data sheets; view: seconds an image, which no data sheet tells."""
+    bf16 = recipe.teachers.forward == "bf16"
+    blocks = {teacher.name: device.forward(network_cost(teacher.model, len(teacher.classes), data.channels, data.size),
+                                           BLOCK, bf16)
+              for teacher in pyramid.teachers}
+    costs, half = _students(recipe, data), precision(load_ds_config(recipe.deepspeed.students)) != "fp32"
+    few, many = ((1 + BACKWARD) * sum(device.forward(cost, rows, half) for cost in costs) for rows in (8, BLOCK))
+    row = (many - few) / (BLOCK - 8)
+    links = Links(gradients=device.link, gradients_latency=device.hop)
+    return Timings(blocks, max(0.0, few - 8 * row), row, view, links=links, source=source)
+
+
+def workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, timings: Timings, runtime: float) -> Workload:
+    """runtime: bytes that libraries take on a rank before anything else."""
+    config, own = load_ds_config(recipe.deepspeed.students), constants(recipe, pyramid.levels).own
+    labels, batch = data.labels[data.splits["train"]].numpy(), recipe.distill.batch
+    counts = np.bincount(labels, minlength=len(data.classes))
+    teachers, largest = {}, 0
+    for index in asked(recipe.objective.kind, pyramid):
+        teacher = pyramid.teachers[index]
+        cost = network_cost(teacher.model, len(teacher.classes), data.channels, data.size)
+        share = counts[list(teacher.classes)].sum() / len(labels) if own else 1.0
+        teachers[teacher.name] = TeacherWork(timings.blocks[teacher.name], share * batch,
+                                             mean_blocks(batch * recipe.answer_steps, share) / recipe.answer_steps,
+                                             4 * cost.parameters, len(teacher.classes))
+        largest = max(largest, *(layer.read + layer.written for layer in cost.layers))
+    costs, element = _students(recipe, data), 4 if precision(config) == "fp32" else 2
+    students = StudentWork(
+        timings.micro, timings.row, sum(cost.parameters for cost in costs),
+        max(len(state_keys(parameter_group(s.name, [], s))) for s in recipe.students),
+        element * sum(cost.activations for cost in costs))
+    links = timings.links
+    if timings.sync:
+        links = _ring(links, *timings.sync, students.parameters * element)
+    return Workload(teachers, students, batch, timings.view, timings.step, recipe.window, stage(config), element,
+                    4 * BLOCK * largest, data.channels * data.size[0] * data.size[1], links, runtime, timings.source)
+
+
+def _ring(links: Links, ranks: int, seconds: float, size: float) -> Links:
+    """Links whose ring all-reduce of `size` bytes (Workload.sync) takes so many seconds."""
+    hop = max(seconds, 1e-6) / 2 / (ranks - 1)
+    latency = min(links.gradients_latency, hop / 2)
+    return replace(links, gradients=size / ranks / (hop - latency), gradients_latency=latency)
+
+
+def mean_blocks(batch: int, share: float) -> float:
+    """Mean number of blocks that a teacher's rows fill if each of `batch` rows is asked with probability `share`."""
+    if share <= 0 or share >= 1:
+        return float(-(-batch // BLOCK)) if share else 0.0
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, batch + 1)))])  # of factorials
+    rows = np.arange(batch + 1)
+    probability = np.exp(logs[-1] - logs - logs[::-1] + rows * np.log(share) + (batch - rows) * np.log1p(-share))
+    return float(probability @ -(-rows // BLOCK))
+
+
+def _students(recipe: Recipe, data: DataSet) -> list:
+    return [network_cost(student.model, len(data.classes), data.channels, data.size) for student in recipe.students]

@@ -1,0 +1,125 @@
+"""How much work a recipe is: seconds, bytes and rows of one optimizer step; pure.
+
+Seconds are of one rank alone on its device (on a CPU: on its core). They come from pkd/calibration.py or pkd/devices.py.
+"""
+
+from dataclasses import dataclass
+
+from pkd.schedule import BLOCK
+
+
+@dataclass(frozen=True)
+class TeacherWork:
+    block: float  # seconds of one forward of BLOCK rows
+    rows: float  # mean rows asked in a step
+    blocks: float  # mean blocks a step, the last one padded
+    size: int  # bytes of its weights
+    width: int  # classes, thus logits of an answer
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, on one rank."""
+        return self.block * self.blocks
+
+    @property
+    def wire(self) -> float:
+        """Mean bytes of its soft targets in a step, fp16."""
+        return 2 * self.rows * self.width
+
+
+@dataclass(frozen=True)
+class StudentWork:
+    """All students together, as one engine trains them."""
+
+    micro: float  # seconds of a micro batch, whatever its rows
+    row: float  # seconds a row
+    parameters: int
+    states: int  # elementwise optimizer states a parameter
+    activations: float  # bytes a row kept for the backward pass
+
+    def seconds(self, rows: int, accumulation: int) -> float:
+        """Of a step of `rows` rows on one rank."""
+        return accumulation * self.micro + rows * self.row
+
+
+@dataclass(frozen=True)
+class Links:
+    """Soft targets, votes and, on a CPU, gradients go over gloo; gradients of GPUs over NCCL."""
+
+    bandwidth: float = 1e9  # bytes per second between two ranks over gloo
+    latency: float = 1e-4  # seconds of a small message over gloo
+    gradients: float = 1e9  # bytes per second of one rank in an all-reduce
+    gradients_latency: float = 1e-4  # seconds of one of its hops
+
+
+@dataclass(frozen=True)
+class Workload:
+    teachers: dict[str, TeacherWork]  # only those that the objective asks
+    students: StudentWork
+    batch: int
+    view: float = 0.0  # seconds to read, decode and augment one image
+    step: float = 0.0  # seconds of every rank's bookkeeping in a step: routes, votes
+    window: int = 2
+    stage: int = 1  # of ZeRO
+    element: int = 4  # bytes of a weight in forward and backward
+    teacher_memory: float = 0.0  # bytes of the largest teacher's forward of one block
+    image: int = 0  # bytes of one view
+    links: Links = Links()
+    runtime: float = 0.0  # bytes that the libraries take before anything else
+    source: str = "estimated"  # where the seconds are from, as a person reads it
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """Seconds of each teacher's forwards in a step."""
+        return {name: teacher.seconds for name, teacher in self.teachers.items()}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each teacher's weights."""
+        return {name: teacher.size for name, teacher in self.teachers.items()}
+
+    @property
+    def blocks(self) -> dict[str, float]:
+        """Blocks of rows that each teacher is asked in a step."""
+        return {name: teacher.blocks for name, teacher in self.teachers.items()}
+
+    @property
+    def most(self) -> int:
+        """Replicas of a teacher that can be of use: with more, one would not have a whole block of rows."""
+        return -(-self.batch // BLOCK)
+
+    def sync(self, ranks: int) -> float:
+        """Seconds of the gradients' ring all-reduce (Patarasuk & Yuan 2009)."""
+        if ranks == 1:
+            return 0.0
+        size = self.students.parameters * self.element
+        return 2 * (ranks - 1) * (size / ranks / self.links.gradients + self.links.gradients_latency)
+
+    def student_memory(self, ranks: int, accumulation: int) -> float:
+        """Bytes of a student rank without teachers: weights and states by ZeRO stage, a micro batch's activations, slots."""
+        rows = -(-self.batch // ranks // accumulation)
+        own = student_bytes(self.students.parameters, self.element, self.stage, ranks, self.students.states)
+        return own + rows * (self.students.activations + self.image) + self.slots + self.runtime
+
+    @property
+    def host_memory(self) -> float:
+        """Bytes of a rank that answers for teachers, besides their weights (and besides what it trains)."""
+        return self.teacher_memory + self.batch * self.image
+
+    @property
+    def slots(self) -> float:
+        """Bytes of the window's buffers, large enough for every teacher's answers."""
+        return (self.window + 1) * sum(2 * self.batch * teacher.width for teacher in self.teachers.values())
+
+
+def student_bytes(parameters: int, element: int, stage: int, ranks: int, states: int) -> float:
+    """Persistent bytes on one student rank: weights, gradients, master weights, optimizer states by ZeRO stage.
+
+    element: bytes of a weight; states: elementwise optimizer states a parameter. After Rajbhandari et al. 2020, figure 1,
+    but for two things that tests/bench/memory.py measures: fp32 has no masters of its own in ZeRO 0, and in ZeRO 1
+    DeepSpeed too keeps only this rank's part of the gradients once they are reduced.
+    """
+    weights = element / ranks if stage == 3 else element
+    gradients = element / ranks if stage else element
+    masters = 4 / ranks if stage else 0 if element == 4 else 4
+    return parameters * (weights + gradients + masters + 4 * states / (ranks if stage else 1))

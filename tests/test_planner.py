@@ -1,0 +1,95 @@
+"""`auto`: as fast as the best placement there is, within samples and memory; and what it refuses."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from workloads import large_workload, work_of
+
+from pkd.errors import UserError
+from pkd.placement import describe, place
+from pkd.planner import Planner, next_rank
+from pkd.rank_map import Ranks
+from pkd.recipe import Recipe
+from pkd.recipe_file import parse_recipe
+from pkd.schedule import SAMPLES_PER_RANK
+from pkd.simulator import simulate
+from pkd.system import System
+from pkd.workload import Links
+
+GIB = 2**30
+
+
+def recipe(batch: int) -> Recipe:
+    return parse_recipe({"name": "r", "data": {"name": "digits"}, "pyramid": [{"model": "m", "teachers": 1}],
+                         "students": [{"name": "s", "model": "m"}], "distill": {"batch": batch}})
+
+
+def test_a_thousand_ranks_are_busy_and_nothing_is_over_its_limit():
+    work, known = large_workload(8, 4096), Ranks((80 * GIB,) * 1024, tuple(range(1024)))
+    choice = Planner(work, 1024, 1, {}, known).choose()
+    assert choice.predicted.busy.mean() / choice.predicted.busy.max() > 0.9
+    assert set().union(*map(set, choice.map.hosted.values())) == set(work.teachers) and len(work.teachers) == 255
+    assert work.batch // choice.map.students >= SAMPLES_PER_RANK
+    assert choice.map.bytes(work, 1).max() <= known.usable(0)
+
+
+@given(costs=st.lists(st.floats(0.01, 3), min_size=1, max_size=4), row=st.floats(0.001, 0.05), world=st.integers(2, 5),
+       batch=st.sampled_from([16, 64, 128]), cores=st.sampled_from([(), (2.0,)]), slow=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_no_placement_is_predicted_to_be_much_faster_than_autos(costs, row, world, batch, cores, slow):
+    links = Links(1e5, 0.001, 1e5, 0.001) if slow else Links()
+    work = work_of(recipe(batch), {f"t{i}": cost for i, cost in enumerate(costs)}, row=row, links=links)
+    planner = Planner(work, world, 1, {}, Ranks(cores=cores))
+    every = [planner.rank_map(students, hosts) for students in range(1, world + 1) if planner.trains(students)
+             for hosts in range(1, max(2, world - students + 1))]
+    steps = [simulate(ranks.system(work, 1, planner.known)).step for ranks in every if ranks]
+    assert planner.choose().predicted.step <= 1.02 * min(steps)
+
+
+def test_teachers_as_heavy_as_the_students_are_put_apart_where_the_gradients_are_dear():
+    work = work_of(recipe(64), {"top": 0.7}, micro=0.06, row=0.01, links=Links(1e9, 1e-4, 2e3))
+    placement = place(recipe(64), 2, work)
+    assert placement.kind == "dedicated" and placement.student_ranks == 1
+    assert "1 of 2 ranks train, dedicated" in placement.why and "co-located would take" in placement.why
+    assert placement.why in describe(placement)
+
+
+def test_light_teachers_do_not_get_a_rank_of_their_own():
+    assert place(recipe(64), 2, work_of(recipe(64), {"top": 0.01})).kind == "co-located"
+
+
+def test_a_teacher_too_large_for_a_student_rank_gets_one_of_its_own():
+    """A rank that trains 32 rows and answers needs 10.5 GiB; apart, it is 7 GiB for the student and 8.5 for the teacher."""
+    work = work_of(recipe(64), {"top": 0.01}, {"top": 5 * GIB}, runtime=3 * GIB, teacher_memory=0.5 * GIB)
+    work = replace(work, students=replace(work.students, activations=GIB / 16))
+    assert place(recipe(64), 2, work, Ranks((20 * GIB,) * 2)).kind == "co-located"
+    placement = place(recipe(64), 2, work, Ranks((8 * GIB, 10 * GIB)))
+    assert placement.kind == "dedicated" and [source.rank for source in placement.sources] == [1]
+    with pytest.raises(UserError, match=r"does not fit on 2 rank\(s\).* 5\.00 GiB"):
+        place(recipe(64), 2, work, Ranks((8 * GIB,) * 2))
+
+
+def test_ranks_that_a_small_batch_cannot_feed_are_left_out_and_said():
+    placement = place(recipe(8), 6, work_of(recipe(8), {"top": 0.2, "left": 0.1}))
+    assert placement.student_ranks == 1 and len(placement.sources) <= 2 and "nothing to do" in placement.why
+
+
+def test_a_batch_that_feeds_nobody_is_refused():
+    with pytest.raises(UserError, match=r"distill\.batch is 4, too few"):
+        place(recipe(4), 2, work_of(recipe(4), {"top": 0.2}))
+
+
+@pytest.mark.parametrize(("cost", "wanted"), [(5.0, "to the teachers"), (0.5, "to the students")])
+def test_one_more_rank_goes_where_the_work_is(cost, wanted):
+    work = work_of(recipe(64), {"top": cost})
+    ranks = Planner(work, 2, 1, {}, Ranks()).rank_map(1, 1)
+    step = simulate(ranks.system(work, 1, Ranks())).step
+    assert next_rank(work, ranks, 1, Ranks(), step).startswith(wanted)
+
+
+def test_what_bounds_a_step_is_named():
+    system = System(1, np.array([0.0, 3.0]), np.array([2.0, 0.0]), np.array([0.0, 1e6]), 2, bandwidth=1e6)
+    assert max(system.bounds(), key=system.bounds().get) == "the teacher ranks' work" and system.bound() == 3.0
