@@ -85,12 +85,14 @@ def _seconds_a_view(views: Views, data: DataSet) -> float:
 
 
 def _ranks(placement: Placement, work: Workload, system: System, predicted: Prediction) -> list[dict]:
-    teachers = {source.rank: list(source.teachers) for source in placement.sources}
+    shards = {name: f"{name} (1/{len(source.group)})" for source in placement.sources if source.group
+              for name in source.teachers}
     parts = split(work.batch, placement.student_ranks)
     size = placement.rank_map().bytes(work, placement.accumulation)
     return [{"rank": rank, "role": placement.role(rank),
              "samples": parts[rank].stop - parts[rank].start if rank < len(parts) else 0,
-             "teachers": teachers.get(rank, []), "ms": 1000 * float(system.answer[rank] + system.train[rank]),
+             "teachers": [shards.get(name, name) for name in placement.answers_for(rank)],
+             "ms": 1000 * float(system.answer[rank] + system.train[rank]),
              "idle": 1 - float(predicted.busy[rank]), "bytes": int(size[rank])} for rank in range(placement.world)]
 
 
