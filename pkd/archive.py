@@ -174,10 +174,11 @@ class Filling:
         for index in self.wanted:
             networks[index] = read_teacher(job.run.teachers, job.recipe, job.pyramid.teachers[index], job.data, True)[0]
             job.beat("reading teachers")
-        host = TeacherHost(0, networks, self.views, job.world.device, job.recipe.teachers.forward == "bf16")
+        host = TeacherHost(0, networks, self.views, job.world.device, job.recipe.teachers.forward == "bf16",
+                           names=[teacher.name for teacher in job.pyramid.teachers])
         block = self.views.batch(torch.from_numpy(self.layout.order[:BLOCK].copy()), 0)
-        for index, network in host.networks.items() if job.world.rank == 0 else ():
-            here, there = (host.forward(network, block.roll(shift, 0)).roll(-shift, 0) for shift in (0, 1))
+        for index in host.networks if job.world.rank == 0 else ():
+            here, there = (host.forward(index, block.roll(shift, 0)).roll(-shift, 0) for shift in (0, 1))
             if not torch.equal(here, there):
                 job.console.say(f"the logits of teacher {self.layout.names[index]} depend on a sample's place in its block "
                                 f"on {job.hardware[0].device}: losses will differ from those online in their last bits")

@@ -55,7 +55,7 @@ def audit(job: Job, count: int) -> str:
         stored = torch.cat([_matrix(folder / layout.file(piece.view * layout.shards + int(k))[0], name)
                             [torch.from_numpy(row[shard == k])] for k in np.unique(shard)])
         images = filling.views.batch(torch.from_numpy(piece.ids), piece.view)
-        logits = host.forward(host.networks[piece.teacher], images).cpu()
+        logits = host.forward(piece.teacher, images).cpu()
         excess, difference = compare(form, stored, form.encode(logits), tolerance)
         rows, bad = rows + len(stored), worst["bad"] + int((excess > 0).sum())
         if float(excess.max()) > worst["excess"]:

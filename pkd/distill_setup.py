@@ -210,9 +210,9 @@ class Setup:
         parts = self.placement.student_ranks if kind == "direct" else 1
         router = Router(self.job.pyramid, sources, self.constants.own, parts)
         return Exchange(world, self.placement, self.schedule, router, self.labels.numpy(), recipe.window,
-                        self._hosts(sources), kind, self.views if self.sends_views else None, recipe.answer_steps)
+                        self._hosts(sources, names), kind, self.views if self.sends_views else None, recipe.answer_steps)
 
-    def _hosts(self, sources: list[list[int]]) -> list[TeacherHost]:
+    def _hosts(self, sources: list[list[int]], names: list[str]) -> list[TeacherHost]:
         world, bf16 = self.job.world, self.job.recipe.teachers.forward == "bf16"
         hosts = []
         for index, source in enumerate(self.placement.sources):
@@ -222,7 +222,7 @@ class Setup:
                     self.job.beat("reading teachers")
                     networks[teacher] = self._network(source, self.job.pyramid.teachers[teacher])
                 hosts.append(TeacherHost(index, networks, self.views, world.device, bf16, self.formats,
-                                         world.rank == source.rank, self.job.watchdog.works))
+                                         world.rank == source.rank, self.job.watchdog.works, names))
         return hosts
 
     def _network(self, source: Source, teacher: Teacher) -> Network | ShardedNetwork:

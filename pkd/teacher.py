@@ -1,12 +1,13 @@
 """Frozen teachers on the ranks that answer for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
 
+from pkd.errors import LocalError
 from pkd.models import Network
 from pkd.row_format import RowFormat
 from pkd.schedule import BLOCK, Routes
@@ -41,14 +42,15 @@ class TeacherHost:
     with other numbers of rows the same image's logits differ in their last bits, and placements would no longer agree.
     formats: how each teacher's rows are rounded beyond fp16; without any they are left as they are.
     sends: whether this rank's answers are used; of the ranks that hold a teacher together, the first one's are.
-    works: told after each teacher's answers, which are progress.
+    works: told after each teacher's answers, which are progress. names: of teachers, for what is said about one.
     """
 
     def __init__(self, source: int, networks: dict[int, Network | ShardedNetwork], views: Views, device: torch.device,
                  bf16: bool, formats: dict[int, RowFormat] | None = None, sends: bool = True,
-                 works: Callable[[], None] = lambda: None):
+                 works: Callable[[], None] = lambda: None, names: Sequence[str] = ()):
         self.formats = {index: form for index, form in (formats or {}).items() if not form.plain}
         self.source, self.views, self.device, self.sends, self.works = source, views, device, sends, works
+        self.names = names
         self.networks = {}
         for index, network in networks.items():
             whole = isinstance(network, Network)
@@ -57,13 +59,13 @@ class TeacherHost:
     def answer(self, questions: list[Question], epoch: int) -> None:
         """Write this source's soft targets of some steps of an epoch into its slices of their flat buffers."""
         seen = [self._views(question, epoch) for question in questions]
-        for index, network in self.networks.items():
+        for index in self.networks:
             rows = [np.flatnonzero((q.routes.source == self.source) & (q.routes.teacher == index)) for q in questions]
             images = torch.cat([views[torch.from_numpy(np.searchsorted(positions, q.routes.position[own]))]
                                 for q, own, (positions, views) in zip(questions, rows, seen)])
             if len(images) == 0:
                 continue
-            logits = self.forward(network, images)
+            logits = self.forward(index, images)
             self.works()
             if not self.sends:
                 continue
@@ -80,9 +82,9 @@ class TeacherHost:
             return positions, question.images
         return positions, self.views.batch(torch.from_numpy(question.ids[positions]), epoch)
 
-    def forward(self, network: Network | ShardedNetwork, images: torch.Tensor) -> torch.Tensor:
-        """Centred logits of any number of images, fp16 [images, classes of the teacher]."""
-        parts = []
+    def forward(self, index: int, images: torch.Tensor) -> torch.Tensor:
+        """Centred logits of any number of images, fp16 [images, classes of the teacher]. Raises LocalError if not finite."""
+        network, parts = self.networks[index], []
         # DeepSpeed exchanges the data of parameters, which inference mode forbids.
         with torch.inference_mode() if isinstance(network, Network) else torch.no_grad():
             for block in images.split(BLOCK):
@@ -90,7 +92,13 @@ class TeacherHost:
                 if len(block) < BLOCK:
                     whole = torch.cat([block, block.new_zeros((BLOCK - len(block), *block.shape[1:]))])
                 parts.append(centred(network(whole.to(self.device))[:len(block)]))
-        return torch.cat(parts)
+        logits = torch.cat(parts)
+        if not bool(torch.isfinite(logits).all()):
+            name = self.names[index] if self.names else index
+            raise LocalError(f"teacher {name} answers with logits that are not finite or beyond "
+                             "what fp16 holds (65504): its training diverged, so train it again in another "
+                             "--run-folder with a lower teachers.lr or with teachers.warmup_steps")
+        return logits
 
 
 def in_dtype(network: Network, bf16: bool) -> Network:

@@ -5,7 +5,10 @@ import os
 import shutil
 
 import pytest
-from ranks import refused, run, students, trace
+from ranks import Ranks, refused, run, students, trace
+
+from pkd.files import sha256
+from pkd.tensor_file import read_tensors, write_tensors
 
 
 def flip_a_byte(path):
@@ -69,3 +72,18 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(stopped, tmp_path):
     whole = [json.loads(line) for line in (folder / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["train"] for line in lines] == [line["train"] for line in whole]
     assert [line["validation"] for line in lines] == [line["validation"] for line in whole]
+
+
+def test_a_teacher_that_diverged_is_named_by_the_rank_that_asks_it(tiny, taught, tmp_path):
+    """And not the students, whose losses would be the first to show it."""
+    shutil.copytree(taught / "teachers", tmp_path / "taught" / "teachers")
+    weights = tmp_path / "taught" / "teachers" / "level1-0.safetensors"
+    facts = json.loads(weights.with_suffix(".json").read_text())
+    tensors = {name: value * 1e9 if name.startswith("head") else value for name, value in read_tensors(weights).items()}
+    write_tensors(weights, tensors)
+    weights.with_suffix(".json").write_text(json.dumps({**facts, "sha256": sha256(weights)}))
+    ended = Ranks(2, "distill", tiny, "--run-folder", tmp_path / "run", f"teachers_from={tmp_path / 'taught'}",
+                  "placement.kind=dedicated").wait()
+    assert all(one.code != 0 for one in ended)
+    assert ended[1].code == 2 and "teacher level1-0 answers with logits that are not finite" in ended[1].err
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
