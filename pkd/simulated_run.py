@@ -47,6 +47,8 @@ class SimulatedRun:
         whole = self.last - self.first
         # Alone on its core, a rank is at work for as long as its work takes; ranks that share cores take longer.
         worked = self.worked - self.worked_before if self.shared else whole * (self.system.answer + self.system.train)
+        # Over so few steps teachers may seem faster than their work, for they end less far ahead than they began.
+        span = max(span, whole * self.system.bound())
         return Prediction(span / whole, np.clip(worked / span, 0.0, 1.0) if span else worked, self.n)
 
     def advance(self) -> None:

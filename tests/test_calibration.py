@@ -1,24 +1,34 @@
 """`auto` on real ranks: parts are timed once, the placement is kept, and what is cached may be damaged."""
 
 import json
+import shutil
 
 import pytest
 from ranks import refused, run
 
 
+def started(tiny, taught, folder, cache, *changes) -> str:
+    """What rank 0 of a run in `folder` says that times what is not in `cache`."""
+    return run(2, "distill", tiny, "--run-folder", folder, f"teachers_from={taught}", "--steps", 3, *changes,
+               env=lambda rank: {"XDG_CACHE_HOME": str(cache)})[0].out
+
+
+@pytest.fixture(scope="module")
+def first(tiny, taught, tmp_path_factory):
+    """A folder with the first run, and the cache that it has filled; and what was said. To be copied."""
+    folder = tmp_path_factory.mktemp("first")
+    return folder, started(tiny, taught, folder / "first", folder / "cache")
+
+
 @pytest.fixture
-def distill(tiny, new_run, tmp_path):
-    """distill(name, *changes) -> what rank 0 said; a cache of this test's own."""
-    def start(name: str, *changes) -> str:
-        folder, teachers_from = new_run(name)
-        return run(2, "distill", tiny, "--run-folder", folder, teachers_from, "--steps", 3, *changes,
-                   env=lambda rank: {"XDG_CACHE_HOME": str(tmp_path / "cache")})[0].out
-    return start
+def distill(tiny, taught, first, tmp_path):
+    """distill(name, *changes) -> what rank 0 said, with a copy of the first run and of its cache."""
+    shutil.copytree(first[0], tmp_path, dirs_exist_ok=True)
+    return lambda name, *changes: started(tiny, taught, tmp_path / name, tmp_path / "cache", *changes)
 
 
-def test_parts_are_timed_once_and_the_placement_is_reused(distill, tmp_path):
-    said = distill("first")
-    assert "timing" in said and "ms a step predicted (measured)" in said
+def test_parts_are_timed_once_and_the_placement_is_reused(first, distill, tmp_path):
+    assert "timing" in first[1] and "ms a step predicted (measured)" in first[1]
     files = list((tmp_path / "cache" / "pkd" / "calibration").glob("*.json"))
     figures = [json.loads(file.read_text()) for file in files]
     # One size of teacher for 10, 5 and 2 or 3 classes; the same model is timed once.
@@ -33,18 +43,16 @@ def test_parts_are_timed_once_and_the_placement_is_reused(distill, tmp_path):
 
 
 def test_a_damaged_figure_is_measured_again_and_a_new_model_is_timed_alone(distill, tmp_path):
-    distill("first")
     next((tmp_path / "cache" / "pkd" / "calibration").glob("*.json")).write_text("{")
     assert "timing 1 part(s)" in distill("second")
     assert "timing 2 part(s)" in distill("third", "students.0.model.width=0.5")  # the step, alone and in common
 
 
-def test_plan_takes_what_was_timed_here_or_a_data_sheet(tiny, distill, tmp_path):
-    distill("first")
-    cache = {"env": lambda rank: {"XDG_CACHE_HOME": str(tmp_path / "cache")}}
+def test_plan_takes_what_was_timed_here_or_a_data_sheet(tiny, first):
+    cache = {"env": lambda rank: {"XDG_CACHE_HOME": str(first[0] / "cache")}}
     found = json.loads(run(1, "plan", tiny, "--world", 2, "--json", **cache)[0].out)
     assert found["seconds"] == "measured"
-    placed = json.loads((tmp_path / "first" / "placement.json").read_text())["placement"]
+    placed = json.loads((first[0] / "first" / "placement.json").read_text())["placement"]
     assert (found["placement"]["kind"], found["placement"]["sources"]) == (placed["kind"], placed["sources"])
     assert found["step_ms"] >= max(rank["ms"] for rank in found["ranks"]) * (1 - 1e-9)
     words = ("plan", tiny, "--world", 4096, "distill.batch=40000", "objective.kind=paper")

@@ -38,7 +38,7 @@ def test_a_thousand_ranks_are_busy_and_nothing_is_over_its_limit():
 
 @given(costs=st.lists(st.floats(0.01, 3), min_size=1, max_size=4), row=st.floats(0.001, 0.05), world=st.integers(2, 5),
        batch=st.sampled_from([16, 64, 128]), cores=st.sampled_from([(), (2.0,)]), slow=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_no_placement_is_predicted_to_be_much_faster_than_autos(costs, row, world, batch, cores, slow):
     links = Links(1e5, 0.001, 1e5, 0.001) if slow else Links()
     work = work_of(recipe(batch), {f"t{i}": cost for i, cost in enumerate(costs)}, row=row, links=links)

@@ -57,7 +57,7 @@ def test_ranks_of_one_node_share_its_cores(ranks, cores, work, threads):
 
 
 @given(data=st.data(), students=st.integers(1, 4), teachers=st.integers(0, 4), window=st.integers(1, 4))
-@quick
+@settings(max_examples=25, deadline=None)
 def test_no_step_is_faster_than_its_bound_nor_slower_than_one_after_the_other(data, students, teachers, window):
     ranks = students + teachers
     def draw(least, most):
