@@ -7,6 +7,7 @@ hold; the others wait, so that the seconds are those of a rank that has its core
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -32,18 +33,18 @@ SECONDS, TIMES = 0.3, 5  # each part is timed so long and so often at least
 LARGE = 2**22  # bytes of the large message
 
 
-def calibrated(job: Job, schedule: Schedule, views: Views, ballot: Ballot, otherwise: Timings,
-               measure: bool) -> Timings:
-    """Measured seconds, from the cache as far as they are in it; a collective over all ranks.
+def calibrated(job: Job, schedule: Schedule, views: Views, ballot: Ballot,
+               measure: bool) -> Callable[[Timings], Timings]:
+    """Puts measured seconds in the place of estimated ones; a collective over all ranks.
 
-    otherwise: for students that do not fit one rank alone, which cannot be timed before they are placed; and for everything
-    if something is not in the cache and is not to be measured now.
+    They are from the cache as far as they are in it. Estimates stay for students that do not fit one rank alone, which
+    cannot be timed before they are placed; and everywhere if something is not in the cache and is not to be measured now.
     """
     world = job.world
     plan = world.first("calibration: plan", lambda: _plan(job))
     keys = Keys(job.recipe, job.pyramid, job.data, plan["where"], world.size)
     if plan["missing"] and not measure:
-        return otherwise
+        return lambda estimates: estimates
     missing = [key for key in keys.all() if digest(key) in plan["missing"]]
     mine = {}
     if missing:
@@ -70,7 +71,7 @@ def calibrated(job: Job, schedule: Schedule, views: Views, ballot: Ballot, other
         except UserError as error:
             job.console.say(f"what was timed is not kept: {error}")
         return figures
-    return keys.timings(world.first("calibration: figures of all", decide), otherwise)
+    return partial(keys.timings, world.first("calibration: figures of all", decide))
 
 
 def _plan(job: Job) -> dict:

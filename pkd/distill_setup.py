@@ -139,12 +139,14 @@ class Setup:
             return tree["placement"] if fits else None
         found = world.first("placement before", before)
         if found is None:
-            device = device_like(world.first("device", lambda: job.hardware[0].device))
-            timings = estimated(recipe, job.pyramid, self.data, device)
+            measured = None
             if self.asked and self.archive is None and world.size > 1:
-                timings = calibrated(job, self.schedule, self.views, self.ballot, timings, chooses(recipe, world.size))
+                measured = calibrated(job, self.schedule, self.views, self.ballot, chooses(recipe, world.size))
 
             def decide():
+                device = device_like(job.hardware[0].device)
+                timings = estimated(recipe, job.pyramid, self.data, device)
+                timings = measured(timings) if measured else timings
                 wanted = recipe, workload(recipe, job.pyramid, self.data, timings, device.runtime)
                 wanted = without_teachers(*wanted) if self.archive else wanted
                 placement = place(wanted[0], world.size, wanted[1], known_ranks(job.hardware, recipe.threads)).to_json()
