@@ -1,4 +1,4 @@
-"""How long `auto` takes on large worlds, and how busy it keeps the ranks: PYTHONPATH=tests python tests/bench/planner.py"""
+"""How long `auto` takes on large worlds, and how busy it keeps the ranks, by its own prediction."""
 
 import time
 
@@ -10,7 +10,9 @@ from pkd.rank_map import Ranks
 from pkd.simulator import simulate
 
 
-def main() -> None:
+def table() -> list[str]:
+    lines = ["| ranks | teachers | batch | planned in s | one simulation s | student ranks | mean / max busy |",
+             "|---|---|---|---|---|---|---|"]
     for levels, ranks, batch in ((4, 64, 512), (8, 256, 2048), (8, 1024, 4096), (9, 4096, 8192)):
         work = large_workload(levels, batch)
         known = Ranks((80 * 2**30,) * ranks, tuple(np.arange(ranks) // 8))
@@ -21,9 +23,6 @@ def main() -> None:
         simulate(choice.system)
         simulated = time.perf_counter() - began
         busy = choice.predicted.busy
-        print(f"{ranks} ranks, {len(work.teachers)} teachers, batch {batch}: planned in {planned:.2f} s (one simulation "
-              f"{simulated:.2f} s), {choice.map.students} student ranks, mean/max busy {busy.mean() / busy.max():.3f}")
-
-
-if __name__ == "__main__":
-    main()
+        lines.append(f"| {ranks} | {len(work.teachers)} | {batch} | {planned:.2f} | {simulated:.2f} | "
+                     f"{choice.map.students} | {busy.mean() / busy.max():.3f} |")
+    return lines
