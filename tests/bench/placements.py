@@ -82,12 +82,13 @@ def main(folder: Path, names: list[str]) -> None:
         return
     (HERE / "RESULTS-placements.md").write_text("\n".join([
         "# Placements: predicted and measured", "",
-        f"Written by `tests/bench/placements.py` on {os.cpu_count()} CPU cores, torch {torch.__version__}, ranks of one thread "
-        f"each: {EPOCHS} epochs of 25 steps of 64 views of 32 pixels, the first not counted, medians of the others. Parts are "
-        "timed once, by the first run of a case.", "",
+        f"Written by `tests/bench/placements.py` on {os.cpu_count()} CPU cores, torch {torch.__version__}, ranks of one "
+        f"thread each: {EPOCHS} epochs of 25 steps of 64 views of 32 pixels, the first not counted, medians of the others. "
+        "Parts are timed once, by the first run of a case.", "",
         "| case | placement | who is where | predicted ms | measured ms | off by |", "|---|---|---|---|---|---|",
         *(row for rows, _ in found.values() for row in rows), "",
-        "| case | auto / best by hand |", "|---|---|", *(f"| {name} | {over:.3f} |" for name, (_, over) in found.items()), "",
+        "| case | auto / best by hand |", "|---|---|",
+        *(f"| {name} | {over:.3f} |" for name, (_, over) in found.items()), "",
         "# Worlds that are not here", "", "A binary tree of teachers all asked about every sample, 80 GiB a rank, 8 ranks a "
         "node, 8 samples a student rank at least; busy by the planner's own simulation.", "", *table(), ""]))
 
