@@ -13,6 +13,7 @@ from pkd.files import read_json, read_lines, write_json
 from pkd.models import Network
 from pkd.network_file import read_network, read_teacher
 from pkd.objective import asked
+from pkd.predictions import ENSEMBLE, Recorder
 from pkd.recipe import Recipe
 from pkd.recipe_file import override, parse_recipe
 from pkd.run_folder import RunFolder
@@ -22,7 +23,8 @@ from pkd.views import Views
 
 
 def evaluate(path: Path, console: Console, overrides: list[str], limit: int | None) -> dict:
-    """Write and return summary.json of a finished run; limit: read only so many test images (a smoke run).
+    """Write predictions and summary.json of a finished run, return the latter; limit: read only so many test images (a
+    smoke run).
 
     Raises UserError for a run that is not finished.
     """
@@ -38,7 +40,13 @@ def evaluate(path: Path, console: Console, overrides: list[str], limit: int | No
     test = data.splits["test"][:limit]
     networks = [network.to(device) for network, _ in students]
     facts = [facts for _, facts in students]
-    scores = validate(networks, views, test.numpy(), data.labels[test], device, lambda group: None)
+    record = Recorder([own["name"] for own in facts])
+    scores = validate(networks, views, test.numpy(), data.labels[test], device, lambda group: None, record.add)
+    predictions = record.predictions()
+    predictions.write(path / "predictions")
+    calibration = dict(zip(predictions.names, predictions.calibration_errors()))
+    chosen = data.splits["validation"][:limit]  # what choices between runs go by
+    validation = validate(networks, views, chosen.numpy(), data.labels[chosen], device, lambda group: None)
     done = read_json(run.students / "students.json")
     lines = read_lines(run.metrics)
     before = read_json(path / "summary.json")["test_readings"] if (path / "summary.json").exists() else 0
@@ -47,11 +55,13 @@ def evaluate(path: Path, console: Console, overrides: list[str], limit: int | No
         "world_size": done["world_size"], "placement": done["placement"],
         "complete": done["complete"] and limit is None, "evaluated": time.time(),
         "teachers": _teachers(run, recipe, data, views, limit, device),
-        "students": {own["name"]: {"accuracy": accuracy, "loss": loss, "parameters": own["parameters"],
-                                   "validation_accuracy": own["validation"]["accuracy"]}
-                     for own, accuracy, loss in zip(facts, scores.accuracy, scores.loss)},
+        "students": {own["name"]: {"accuracy": accuracy, "loss": loss, "calibration_error": calibration[own["name"]],
+                                   "parameters": own["parameters"], "validation_accuracy": chosen_by}
+                     for own, accuracy, loss, chosen_by in zip(facts, scores.accuracy, scores.loss, validation.accuracy)},
         "ensemble": {"accuracy": scores.ensemble_accuracy, "loss": scores.ensemble_loss,
-                     "parameters": sum(own["parameters"] for own in facts)},
+                     "calibration_error": calibration[ENSEMBLE],
+                     "parameters": sum(own["parameters"] for own in facts),
+                     "validation_accuracy": validation.ensemble_accuracy},
         "test_images": len(test), "test_readings": before + 1,
         "images_per_second": sorted(line["images_per_second"] for line in lines)[len(lines) // 2] if lines else 0.0,
         "wall_seconds": sum(line["seconds"] for line in lines),

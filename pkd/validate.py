@@ -25,11 +25,13 @@ class Scores:
 
 
 def validate(networks: list[torch.nn.Module], views: Views, ids: np.ndarray, labels: torch.Tensor,
-             device: torch.device, beat: Callable[[str | None], None]) -> Scores:
+             device: torch.device, beat: Callable[[str | None], None],
+             seen: Callable[[torch.Tensor, torch.Tensor], None] = lambda logits, labels: None) -> Scores:
     """Networks on their plain views; labels: int64, the class index of each of `ids` as the networks number classes.
 
     In float64 and rank order, so that every rank has the same figures to the last bit. A collective if ranks > 1.
-    beat: told of progress, and for what this rank waits then.
+    beat: told of progress, and for what this rank waits then. seen: told the logits of this rank's images batch by batch,
+    fp32 [networks and their mean, rows, classes], and their labels.
     """
     together = dist.is_initialized()
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
@@ -47,6 +49,7 @@ def validate(networks: list[torch.nn.Module], views: Views, ids: np.ndarray, lab
                 beat(None)
             logits = torch.stack(logits)
             logits = torch.cat([logits, logits.mean(0, keepdim=True)])
+            seen(logits, truth)
             for index, own in enumerate(logits):
                 sums[0, index] += (own.argmax(1) == truth).sum().item()
                 sums[1, index] += F.cross_entropy(own, truth, reduction="sum").double().item()

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from ranks import REPOSITORY, free_port, refused, run, students, trace
 
+from pkd.predictions import Predictions
+
 LINE = {"epoch", "step", "train", "validation", "ensemble", "learning_rate", "images_per_second", "seconds",
         "steady_images_per_second", "wait_seconds", "peak_memory_bytes"}
 SUMMARY = {"recipe", "identity", "seed", "world_size", "placement", "complete", "evaluated", "teachers", "students",
@@ -30,12 +32,24 @@ def test_evaluate_shows_every_model_and_counts_its_readings_of_the_test_split(ev
     assert json.loads((evaluated / "summary.json").read_text())["test_readings"] == 2
 
 
+def test_the_predictions_that_are_kept_make_the_figures_of_the_summary(evaluated):
+    summary = json.loads((evaluated / "summary.json").read_text())
+    kept = Predictions.read(evaluated / "predictions")
+    assert kept.names == ("mobile", "shuffle", "ensemble") and len(kept.labels) == summary["test_images"]
+    figures = [summary["students"]["mobile"], summary["students"]["shuffle"], summary["ensemble"]]
+    for index, own in enumerate(figures):
+        assert own["accuracy"] == kept.correct[index].double().mean().item()
+        assert own["loss"] == pytest.approx(kept.loss[index].double().mean().item(), rel=1e-5)
+    assert [own["calibration_error"] for own in figures] == kept.calibration_errors()
+
+
 def test_the_files_of_a_run_hold_the_keys_that_the_readme_names(evaluated, taught):
     summary = json.loads((evaluated / "summary.json").read_text())
     assert set(summary) == SUMMARY
     assert set(summary["teachers"]["level1-0"]) == {"level", "classes", "accuracy", "test_images", "parameters"}
-    assert set(summary["students"]["mobile"]) == {"accuracy", "loss", "parameters", "validation_accuracy"}
-    assert set(summary["ensemble"]) == {"accuracy", "loss", "parameters"}
+    assert set(summary["students"]["mobile"]) == {
+        "accuracy", "loss", "calibration_error", "parameters", "validation_accuracy"}
+    assert set(summary["ensemble"]) == set(summary["students"]["mobile"])
     lines = [json.loads(line) for line in (evaluated / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1] and all(set(line) == LINE for line in lines)
     assert set(lines[0]["train"]["mobile"]) == {"ce", "kl", "loss"}
