@@ -34,6 +34,7 @@ def main() -> None:
         images, labels = problem.batch(index)
         counts = [int(torch.isin(labels, classes).sum()) for classes in problem.classes]
         images, labels = images[mine], labels[mine]
+        problem.same_draws(index, rank)
         logits = model(images)
         losses = torch.stack([F.cross_entropy(own, labels, reduction="sum") for own in logits]) / batch
         seen = torch.lerp(logits.detach(), logits, pull[:, None, None]).mean(0)

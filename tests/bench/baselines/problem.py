@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import torch
 
 from pkd.data import load_data
-from pkd.network_file import fresh, read_teacher
+from pkd.network_file import derived_seed, fresh, read_teacher
 from pkd.objective import constants
 from pkd.pyramid import build_pyramid
 from pkd.recipe_file import load_recipe
@@ -55,6 +55,10 @@ class Problem:
         epoch, within = divmod(step, self.schedule.steps_per_epoch)
         ids = torch.from_numpy(self.schedule.global_batch(epoch, within))
         return self.data.images[ids], self.data.labels[ids]
+
+    def same_draws(self, step: int, rank: int = 0) -> None:
+        """Before the students' forwards: they drop out what pkd's drop out, so that losses can be compared."""
+        torch.manual_seed(derived_seed(self.recipe.seed, step, 0, rank))
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return [torch.optim.SGD(network.parameters(), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)

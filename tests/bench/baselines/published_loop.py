@@ -14,6 +14,7 @@ def main() -> None:
 
     def step(index: int) -> list[float]:
         images, labels = problem.batch(index)
+        problem.same_draws(index)
         logits = [student(images).float() for student in problem.students]
         losses = []
         for s, optimizer in enumerate(optimizers):
