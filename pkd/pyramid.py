@@ -1,7 +1,7 @@
 """The pyramid: levels of teachers, each knowing a tuple of classes; pure.
 
-Level 0 is the top and covers every class. Every lower teacher knows a proper subset of what some teacher above knows.
-Classes may overlap inside a level, except on the bottom one.
+Level 0 is the top and covers every class. Every lower teacher knows a proper subset of what some teacher above knows, or
+every class and is alone on its level: a peer of the top. Classes may overlap inside a level, except on the bottom one.
 """
 
 from dataclasses import dataclass
@@ -65,9 +65,12 @@ def build_pyramid(levels: tuple[Level, ...], classes: tuple[str, ...], seed: int
                         f"teacher(s){missing}: set teachers: 1 there")
     for number in list(groups)[1:]:
         for group in groups[number]:
+            if len(group) == len(classes) and len(groups[number]) == 1:
+                continue
             if not any(set(group) < set(above) for upper in range(number) for above in groups.get(upper, ())):
                 raise UserError(f"pyramid.{number}: the teacher of classes {_some(group)} knows no fewer classes than "
-                                "every teacher above it: split its classes further")
+                                "every teacher above it: split its classes further, or give every class to one teacher "
+                                "alone on the level")
     lowest = max(groups)
     bottom = np.bincount([c for group in groups[lowest] for c in group], minlength=len(classes))
     if lowest == len(levels) - 1 and bottom.max() > 1:

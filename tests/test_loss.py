@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_loss import Asked, reference
 
-from pkd.loss import LevelTargets, pyramid_loss
+from pkd.loss import LevelTargets, composed_target, pyramid_loss
 from pkd.objective import Constants
 
 KINDS = ("paper own", "paper all", "composed", "top", "alone")
@@ -137,6 +137,16 @@ def test_every_students_loss_and_gradient_are_those_of_the_formulas(kind, seed):
     terms, found = computed(case)
     assert_same_loss(case, terms["loss"], losses)
     assert_same_gradient(case, found, gradient)
+
+
+@given(seed=SEEDS, peers=st.integers(1, 5), samples=st.integers(1, 20), classes=st.integers(2, 12))
+@quick
+def test_peers_that_know_every_class_compose_to_the_mean_of_their_log_probabilities(seed, peers, samples, classes):
+    said = torch.tensor(5 * np.random.default_rng(seed).standard_normal((peers, samples, classes))).half()
+    routes, everything = [(0, n) for n in range(samples)], [tuple(range(classes))]
+    levels = [level_targets(everything, routes, list(rows), [samples]) for rows in said]
+    mean = said.float().log_softmax(-1).mean(0)
+    torch.testing.assert_close(composed_target(levels, classes), mean, rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

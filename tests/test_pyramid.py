@@ -96,6 +96,18 @@ def test_a_middle_level_may_overlap_and_the_bottom_one_may_leave_classes_out():
     assert not pyramid.partitions(1) and not pyramid.partitions(2)
 
 
+@given(peers=st.lists(st.sampled_from([TOP, {"classes": [list(ANIMALS)]}, {"classes": [list(range(8))]},
+                                       {"teachers": 1, "partition": "random"}, {"teachers": 2}]), max_size=4))
+@quick
+def test_a_lower_level_may_be_one_teacher_that_knows_every_class_like_the_top(peers):
+    pyramid = build(TOP, *peers)
+    assert pyramid.levels == 1 + len(peers) and all(map(pyramid.partitions, range(pyramid.levels)))
+    for number, level in enumerate(peers, 1):
+        if level != {"teachers": 2}:
+            peer, = pyramid.level(number)
+            assert (peer.name, peer.classes) == (f"level{number}", tuple(range(8)))
+
+
 @given(order=st.permutations(range(8)))
 @quick
 def test_the_top_may_be_a_list_in_any_order(order):
@@ -116,8 +128,7 @@ REFUSED = {
     "a negative id": [TOP, {"classes": [[0, -1]]}],
     "an id of thousands of digits": [TOP, {"classes": [[0, 10**5000]]}],
     "an overlapping bottom": [TOP, {"classes": [[0, 1], [1, 2]]}],
-    "a lower teacher that knows every class": [TOP, {"teachers": 1}],
-    "a lower list of every class": [TOP, {"classes": [list(range(8))]}],
+    "two lower teachers that know every class": [TOP, {"classes": [list(range(8))] * 2}, {"teachers": 2}],
     "a teacher whose classes no single teacher above knows more than": [
         {"classes": [list(range(8))]}, {"classes": [list(range(8)), [0, 1]]}],
     "too many teachers": [TOP, {"teachers": 5}],
