@@ -16,6 +16,7 @@ from pkd.placement import check_batch
 from pkd.recipe import part
 from pkd.recipe_file import difference
 from pkd.run_folder import RunFolder
+from pkd.student_groups import check_groups
 from pkd.views import Views
 
 FOLDER, RECORD = "soft-targets", "archive.json"
@@ -89,7 +90,9 @@ def open_archive(job: Job, key: dict, layout: Layout, views: Views) -> Path | No
                 raise UserError("views are drawn anew in every epoch, so there is nothing to archive: set views.finite to a "
                                 f"number of views, leave the augmentation out, {ONLINE}")
             index, record = fitting(job, key, layout, views)
-            check_batch(recipe.distill.batch, world.size, recipe.placement.accumulation)  # every rank trains students
+            wish = recipe.placement  # every rank trains students
+            check_groups(wish.student_groups, len(recipe.students), world.size)
+            check_batch(recipe.distill.batch, world.size, wish.accumulation, wish.student_groups)
             return {"index": index, "shards": record["shards"]}
         except UserError as error:
             if recipe.soft_targets == "archive":

@@ -54,10 +54,12 @@ class Peers:
 
 
 class Direct:
-    """A message from every source to every student rank that it has rows for. Routes must have the student ranks' parts."""
+    """A message from every source to every student rank that it has rows for. Routes must have the parts of a
+    group's ranks."""
 
     def __init__(self, peers: Peers, placement: Placement, rank: int):
         self.peers, self.rank, self.students = peers, rank, placement.student_ranks
+        self.parts = placement.student_ranks // placement.groups
         self.sources = [source.rank for source in placement.sources]
 
     def post(self, flat: torch.Tensor, routes: Routes, step: int) -> Works:
@@ -66,7 +68,7 @@ class Direct:
         for index, source in enumerate(self.sources):
             name = f"soft targets of rank {source}"
             for student in range(self.students) if source == self.rank else [self.rank] * (self.rank < self.students):
-                part = routes.part(index, student)
+                part = routes.part(index, student % self.parts)
                 if student == source or part.start == part.stop:
                     continue
                 if source == self.rank:

@@ -1,15 +1,17 @@
 """Save and resume, for any number of ranks and any ZeRO stage.
 
 A checkpoint `step-N/` is self-contained: fp32 weights and optimizer states by name (one file a network), every rank's
-batch statistics, whatever tensors the loop adds, `state.json`, and `sha256.json` over all of them. It is written in a
-hidden folder and appears by one rename; the last but one goes only after the next is complete. Networks are gathered
-and written one at a time, so no rank ever holds more than one network's states beside its own share.
+batch statistics (likewise), whatever tensors the loop adds, `state.json`, and `sha256.json` over all of them. It is written
+in a hidden folder and appears by one rename; the last but one goes only after the next is complete. Networks are gathered
+and written one at a time, so no rank ever holds more than one network's states beside its own share. Where groups of
+students have engines of their own, the first rank of each writes what is of its students.
 """
 
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,32 +25,43 @@ KEEP = 2
 
 
 def save(folder: Path, step: int, engine: Engine, progress: dict, tensors: dict[str, dict[str, torch.Tensor]],
-         beat: Callable[[], None]) -> None:
-    """Write folder/step-<step>. A collective over the island; rank 0 writes.
+         beat: Callable[[], None], gather: Callable[[Any], list[Any] | None] = lambda mine: [mine]) -> None:
+    """Write folder/step-<step>. A collective over the island, and over all islands that write it together.
 
-    progress: JSON-able; tensors: file stem -> tensors by name, taken from rank 0.
+    progress: JSON-able, the same on all islands; tensors: file stem -> tensors by name, taken from the first rank of each
+    island. gather: from those ranks' JSON-able objects to a list of all, on the one that is to finish; None on the others.
     """
     writer = dist.get_rank() == 0
     target, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
-    if writer:
-        shutil.rmtree(partial, ignore_errors=True)
-    for index, name in enumerate(engine.names):
-        values = engine.network_state(index)
+    sums: dict[str, str] = {}
+
+    def write(stem: str, values: dict[str, torch.Tensor]) -> None:
         if writer:
-            write_tensors(partial / f"network-{name}.safetensors", values)
+            path = partial / f"{stem}.safetensors"
+            write_tensors(path, values)
+            sums[path.name] = sha256(path)
         beat()
-    gathered = _gather_statistics(engine, beat)
+    for index, name in enumerate(engine.names):
+        write(f"network-{name}", engine.network_state(index))
+        write(f"statistics-{name}", _gather_statistics(engine, index))
     if not writer:
         return
-    write_tensors(partial / "batch-statistics.safetensors", gathered)
     for stem, values in tensors.items():
-        write_tensors(partial / f"{stem}.safetensors", values)
-        beat()
-    state = {"step": step, "ranks": engine.ranks, "steps_taken": engine.steps_taken(),
-             "loss_scale": engine.loss_scale, "progress": progress}
+        write(stem, values)
+    taken = dict(zip(engine.names, engine.steps_taken()))
+    scales = {name: engine.loss_scale for name in engine.names}
+    parts = gather([sums, taken, scales])
+    if parts is None:
+        return
+    sums, taken, scales = ({key: value for part in parts for key, value in part[which].items()} for which in range(3))
+    state = {"step": step, "ranks": engine.ranks, "steps_taken": taken, "loss_scale": scales, "progress": progress}
     write_json(partial / "state.json", state)
-    write_json(partial / "sha256.json", {path.name: sha256(path) for path in sorted(partial.iterdir())})
+    sums["state.json"] = sha256(partial / "state.json")
+    write_json(partial / "sha256.json", sums)
     try:
+        for path in partial.iterdir():  # a process that was killed at this step may have left others
+            if path.name not in sums and path.name != "sha256.json":
+                path.unlink()
         shutil.rmtree(target, ignore_errors=True)  # of the same step, left by a run that was then resumed from before it
         os.replace(partial, target)
         sync_folder(folder)
@@ -82,30 +95,29 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def load(path: Path, engine: Engine) -> dict:
-    """Put a checkpoint into a fresh engine and return its progress. A collective over the island."""
+    """Put a checkpoint into a fresh engine of some or all of its networks and return its progress. A collective over the
+    island."""
     saved = read_json(path / "state.json")
-    for index, name in enumerate(engine.names):
-        values = read_tensors(path / f"network-{name}.safetensors")
-        engine.load_network_state(index, values, saved["steps_taken"][index])
-    engine.loss_scale = saved["loss_scale"]
-    values = read_tensors(path / "batch-statistics.safetensors")
     own = saved["ranks"] == engine.ranks
-    for index in range(len(engine.names)):
+    for index, network in enumerate(engine.names):
+        values = read_tensors(path / f"network-{network}.safetensors")
+        engine.load_network_state(index, values, saved["steps_taken"][network])
+        values = read_tensors(path / f"statistics-{network}.safetensors")
         for name, buffer in statistics(engine.ds.module.networks[index]).items():
-            of_ranks = [values[f"{rank}/{index}/{name}"] for rank in range(saved["ranks"])]
+            of_ranks = [values[f"{rank}/{name}"] for rank in range(saved["ranks"])]
             mean = torch.stack(of_ranks).double().mean(0).to(buffer.dtype)
             buffer.data.copy_(of_ranks[dist.get_rank()] if own else mean)
+    engine.loss_scale = saved["loss_scale"][engine.names[0]]  # one an engine; groups that are now one may have had several
     return saved["progress"]
 
 
-def _gather_statistics(engine: Engine, beat: Callable[[], None]) -> dict[str, torch.Tensor]:
-    out, mine = {}, [statistics(network) for network in engine.ds.module.networks]
-    beat()
-    for index, buffers in enumerate(mine):
-        for name, buffer in buffers.items():
-            shares = [torch.empty_like(buffer) for _ in range(engine.ranks)]
-            dist.all_gather(shares, buffer.contiguous())
-            out.update({f"{rank}/{index}/{name}": share for rank, share in enumerate(shares)})
+def _gather_statistics(engine: Engine, index: int) -> dict[str, torch.Tensor]:
+    """{"<rank>/<name>": tensor} of a network's batch statistics on every rank of the island."""
+    out = {}
+    for name, buffer in statistics(engine.ds.module.networks[index]).items():
+        shares = [torch.empty_like(buffer) for _ in range(engine.ranks)]
+        dist.all_gather(shares, buffer.contiguous())
+        out.update({f"{rank}/{name}": share for rank, share in enumerate(shares)})
     return out
 
 

@@ -76,7 +76,9 @@ class Distillation:
     def __init__(self, setup: Setup, start: dict):
         self.setup, self.job, self.recipe = setup, setup.job, setup.job.recipe
         self.device = self.job.world.device
-        settings = list(self.recipe.students)
+        self.joined = setup.joined
+        settings = [self.recipe.students[index] for index in self.joined.own]
+        self.constants = setup.constants.of(self.joined.own)
         self.engine = Engine(setup.student_networks(), settings, setup.ds_config,
                              setup.placement.accumulation, self.device, self.recipe.channels_last,
                              self.recipe.distill.sync_batch_norm)
@@ -156,7 +158,8 @@ class Distillation:
         setup, engine = self.setup, self.engine
         ids = setup.schedule.global_batch(epoch, step)
         total_step = epoch * setup.schedule.steps_per_epoch + step
-        engine.set_rates(self.progress.rates.at(total_step))
+        rates = self.progress.rates.at(total_step)
+        engine.set_rates([rates[index] for index in self.joined.own])
         self.progress.sums.steps += 1
         losses = 0
         for index, micro in enumerate(self.micro):
@@ -168,13 +171,23 @@ class Distillation:
             # Dropout and the like: the same draws however the run was interrupted.
             torch.manual_seed(derived_seed(self.recipe.seed, total_step, index, self.rank))
             logits = engine.train_step(images)
-            loss, terms = pyramid_loss(logits, labels, levels, setup.schedule.batch, setup.constants)
+            loss, terms = pyramid_loss(logits, labels, levels, setup.schedule.batch, self.constants,
+                                       self.all_logits(logits), self.joined.own)
             self.job.watchdog.waits("the gradients of the students' island")
             engine.backward(loss)
             self.progress.sums.add(terms)
             losses = losses + terms["loss"]
         self.progress.trace(total_step, losses)
         self.notice_broken((step, losses))
+
+    def all_logits(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """What the ensemble term needs of the students that other groups train; None where it needs nothing."""
+        if self.setup.placement.groups == 1 or not any(self.setup.constants.ensemble):
+            return None
+        self.job.watchdog.waits(self.joined.name)
+        everyone = self.joined.everyone(logits)
+        self.job.watchdog.works()
+        return everyone
 
     def notice_broken(self, latest: tuple[int, torch.Tensor] | None = None) -> None:
         """Remember a student whose loss was not finite; the next ballot tells everyone.
@@ -186,7 +199,7 @@ class Distillation:
             step, losses = before
             finite = torch.isfinite(losses).tolist()
             if not all(finite):
-                self.broken = (step, finite.index(False))
+                self.broken = (step, self.joined.own[finite.index(False)])
 
     def end_epoch(self) -> None:
         """Validation, schedules, best weights, one line of metrics, a checkpoint."""
@@ -196,7 +209,8 @@ class Distillation:
         networks = list(self.engine.copies.values())
         validation = setup.data.splits["validation"]
         scores = validate(networks, setup.views, validation.numpy(), setup.labels[validation], self.device,
-                          lambda group: self.job.beat("validation", group=group))
+                          lambda group: self.job.beat("validation", group=group),
+                          self.joined if setup.placement.groups > 1 else None)
         progress.end_epoch(scores)
 
 

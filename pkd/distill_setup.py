@@ -17,6 +17,7 @@ from pkd.exchange import Exchange
 from pkd.files import read_json, write_json
 from pkd.hardware import known_ranks, nodes
 from pkd.job import Job
+from pkd.joined import Joined
 from pkd.models import Network
 from pkd.network_file import fresh, open_teacher, read_teacher, teacher_hash
 from pkd.objective import asked, constants
@@ -24,8 +25,9 @@ from pkd.placement import Placement, Source, chooses, describe, place, without_t
 from pkd.pyramid import Teacher
 from pkd.recipe_file import digest
 from pkd.row_format import row_formats
-from pkd.schedule import Router, Schedule, split
+from pkd.schedule import Router, Schedule, student_parts
 from pkd.sharded import ShardedNetwork
+from pkd.student_groups import Grouping
 from pkd.targets import Unpacker
 from pkd.teacher import TeacherHost, in_dtype
 from pkd.timings import estimated, workload
@@ -82,9 +84,10 @@ class Setup:
         return self.job.world.first("resume", decide)
 
     def student_networks(self) -> dict[str, Network]:
+        """Those that this rank trains."""
         recipe = self.job.recipe
         return {s.name: fresh(s.model, len(self.data.classes), self.data, recipe.seed, f"student {s.name}")
-                for s in recipe.students}
+                for s in (recipe.students[index] for index in self.joined.own)}
 
     def last_step(self, epoch: int) -> int:
         """Steps of an epoch: all of them, or what --steps leaves."""
@@ -169,10 +172,12 @@ class Setup:
         return self.job.run.teachers, self.job.recipe, teacher, self.data, self.limit is None
 
     def _join_island(self) -> None:
-        """Students are one, and so are ranks apart that hold teachers together; who holds whole ones needs none."""
+        """Each group of students is one, and so are ranks apart that hold teachers together; others need none."""
         world, together = self.job.world, self.placement.shard_group(self.job.world.rank)
         if self.role == "student":
-            world.join_island("students", list(range(self.placement.student_ranks)))
+            grouping = Grouping(self.placement.groups, self.placement.student_ranks, len(self.job.recipe.students))
+            self.joined = Joined(world, grouping)
+            world.join_island(f"students {self.joined.group}", grouping.island(self.joined.group))
         elif together:
             world.join_island(f"teachers on {together.where}", list(together.group))
 
@@ -192,7 +197,7 @@ class Setup:
 
     def _reader(self) -> ArchiveReader:
         world, recipe = self.job.world, self.job.recipe
-        mine = split(recipe.distill.batch, world.size)[world.rank]
+        mine = student_parts(recipe.distill.batch, world.size, self.placement.groups)[world.rank]
         router = Router(self.job.pyramid, [self.asked], self.constants.own)
         return ArchiveReader(self.archive, self.layout, self.schedule, router, self.labels.numpy(), mine, recipe.window,
                              world.device.type == "cuda")
@@ -209,7 +214,7 @@ class Setup:
         kind, why = choose(recipe.exchange, self.placement, logits)
         if kind == "direct":
             self.job.console.say(why)
-        parts = self.placement.student_ranks if kind == "direct" else 1
+        parts = self.placement.student_ranks // self.placement.groups if kind == "direct" else 1
         router = Router(self.job.pyramid, sources, self.constants.own, parts)
         return Exchange(world, self.placement, self.schedule, router, self.labels.numpy(), recipe.window,
                         self._hosts(sources, names), kind, self.views if self.sends_views else None, recipe.answer_steps)

@@ -35,12 +35,14 @@ class LevelTargets:
 
 
 def pyramid_loss(
-    logits: torch.Tensor, labels: torch.Tensor, levels: list[LevelTargets], batch: int, constants: Constants
+    logits: torch.Tensor, labels: torch.Tensor, levels: list[LevelTargets], batch: int, constants: Constants,
+    everyone: torch.Tensor | None = None, own: list[int] | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of one micro batch and its terms.
 
     logits: [students, samples, classes], any float dtype; labels: int64 [samples]; levels: the asked levels from the top
-    down, empty for `alone`; batch: samples of the whole optimizer step.
+    down, empty for `alone`; batch: samples of the whole optimizer step. Where `logits` and `constants` are of some of the
+    students only: everyone: all students' logits, detached, for the ensemble term; own: which of them `logits` are.
     Returns the scalar to differentiate, in which student s has the gradient of its own L_s only, and fp32 [students]
     tensors, detached: "ce", "kl" (composed) or "kl_level0" ... (paper, top), "ensemble", and "loss", their sum L_s.
     """
@@ -53,10 +55,12 @@ def pyramid_loss(
         for level, (targets, weight) in enumerate(zip(levels, constants.weights)):
             terms[f"kl_level{level}"] = weight * routed_kl(logits, targets, constants.temperature)
     total = sum(term.sum() for term in terms.values())
-    if any(constants.ensemble):
+    if any(constants.ensemble) or everyone is not None:
         pull = logits.new_tensor(constants.ensemble)
         # Each student sees a_s of the ensemble's gradient, from one backward pass; the value is CE(mean) for any a.
         seen = torch.lerp(logits.detach(), logits, pull[:, None, None])
+        if everyone is not None:
+            seen = everyone.float().index_copy(0, torch.tensor(own, device=seen.device), seen)
         ensemble = F.cross_entropy(seen.mean(0), labels, reduction="sum") / batch
         total = total + ensemble
         terms["ensemble"] = pull * ensemble

@@ -9,14 +9,16 @@ import torch
 import torch.distributed as dist
 
 from pkd.files import read_lines, write_bytes
+from pkd.joined import Joined
 
 
 class Sums:
-    """Loss terms of an epoch so far on this rank, float64 [terms, students]; summed over ranks only when asked."""
+    """Loss terms of an epoch so far of this rank's students, float64 [terms, students]; summed over ranks when asked."""
 
-    def __init__(self, students: int, device: torch.device):
+    def __init__(self, joined: Joined, device: torch.device):
+        self.joined = joined
         self.names: list[str] = []
-        self.values = torch.zeros(0, students, dtype=torch.float64, device=device)
+        self.values = torch.zeros(0, len(joined.own), dtype=torch.float64, device=device)
         self.steps, self.seconds, self.wait = 0, 0.0, 0.0
         self.steady_steps, self.steady_seconds = 0, 0.0  # without the first quarter of a stretch, which warms up
 
@@ -35,23 +37,21 @@ class Sums:
         self.values += torch.stack(list(terms.values())).double()
 
     def means(self) -> dict[str, list[float]]:
-        """Each term's mean over the epoch's steps, one number a student; a collective over the island."""
-        parts = [torch.empty_like(self.values) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, self.values)
-        total = torch.stack(parts).sum(0) / max(1, self.steps)
+        """Each term's mean over the epoch's steps, one number a student; a collective over all student ranks."""
+        total = self.gather().sum(0) / max(1, self.steps)
         return dict(zip(self.names, total.tolist()))
 
     def gather(self) -> torch.Tensor:
-        """Every rank's sums, float64 [ranks, terms, students] on the CPU; a collective over the island."""
+        """Float64 [ranks of the island, terms, all students] on the CPU; a collective over all student ranks."""
         parts = [torch.empty_like(self.values) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, self.values)
-        return torch.stack(parts).cpu()
+        return self.joined.everyone(torch.stack(parts).cpu(), 2)
 
     def restore(self, names: list[str], every: torch.Tensor, ranks: int, rank: int) -> None:
         """The inverse of gather(); on another number of ranks the first one takes all."""
         self.names = names
         own = every[rank] if len(every) == ranks else every.sum(0) * (rank == 0)
-        self.values = own.to(self.values.device)
+        self.values = own[:, self.joined.own].to(self.values.device)
 
 
 def drop_lines_after(path: Path, step: int) -> None:

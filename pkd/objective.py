@@ -6,7 +6,7 @@ composed: temperature 4, weight 1, no ensemble term; every teacher is asked abou
 top:      the top teacher only, temperature 4, weight 1.   alone: cross-entropy only; no teacher is asked.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pkd.errors import UserError
 from pkd.pyramid import Pyramid
@@ -21,6 +21,11 @@ class Constants:
     ensemble: tuple[float, ...]  # one a student
     label_smoothing: tuple[float, ...]  # one a student
     own: bool  # a specialist is asked only about samples whose label it knows
+
+    def of(self, students: list[int]) -> "Constants":
+        """For some of the students only."""
+        pick = lambda values: tuple(values[index] for index in students)  # noqa: E731
+        return replace(self, ensemble=pick(self.ensemble), label_smoothing=pick(self.label_smoothing))
 
 
 def constants(recipe: Recipe, levels: int) -> Constants:

@@ -15,6 +15,7 @@ from pkd.recipe import Recipe
 from pkd.schedule import BLOCK, SAMPLES_PER_RANK
 from pkd.shards import Group, needed_shards, shard_groups, wanted_shards
 from pkd.share import share_out
+from pkd.student_groups import check_groups
 from pkd.workload import Workload
 
 
@@ -43,6 +44,7 @@ class Placement:
     student_ranks: int
     accumulation: int
     sources: tuple[Source, ...]
+    groups: int = 1  # of students and student ranks; each has the whole batch
     nodes: tuple[int, ...] = ()  # of each rank, numbered from 0; unknown before ranks are started
     why: str = ""  # the planner's reasons, where it chose
 
@@ -65,7 +67,7 @@ class Placement:
         sources = tuple(Source(s["rank"], tuple(s["teachers"]), s["load"], tuple(s.get("group", ())))
                         for s in tree["sources"])
         return Placement(tree["kind"], tree["world"], tree["student_ranks"], tree["accumulation"], sources,
-                         tuple(tree.get("nodes", ())), tree.get("why", ""))
+                         tree.get("groups", 1), tuple(tree.get("nodes", ())), tree.get("why", ""))
 
     def rank_map(self) -> RankMap:
         hosted = {rank: self.answers_for(rank) for rank in range(self.world)}
@@ -80,6 +82,7 @@ def place(recipe: Recipe, world: int, work: Workload, known: Ranks | None = None
     if unknown:
         raise UserError(f"placement.replicas names {unknown[0]!r}, but the teachers asked are "
                         f"{', '.join(work.teachers) or 'none'}{nearest(unknown[0], work.teachers)}")
+    check_groups(work.groups, len(recipe.students), min(work.groups, world))
     if not work.teachers or not chooses(recipe, world):
         return _as_told(recipe, world, work, known)
     try:
@@ -106,7 +109,7 @@ def _planned(recipe: Recipe, world: int, work: Workload, known: Ranks) -> Placem
     wish = recipe.placement
     choice = Planner(work, world, wish.accumulation, wish.replicas, known).choose()
     return Placement(choice.map.kind, world, choice.map.students, wish.accumulation,
-                     tuple(_sources(choice.map.hosted, work)), known.nodes, choice.why)
+                     tuple(_sources(choice.map.hosted, work)), work.groups, known.nodes, choice.why)
 
 
 def _sources(hosted: dict[int, list[str]], work: Workload) -> list[Source]:
@@ -119,7 +122,8 @@ def _sources(hosted: dict[int, list[str]], work: Workload) -> list[Source]:
 def _as_told(recipe: Recipe, world: int, work: Workload, known: Ranks) -> Placement:
     """The kind and the student ranks that the recipe says, or half of the ranks; only the teachers are shared out."""
     kind, students = _kind_and_students(recipe, world, teachers=len(work.teachers))
-    check_batch(recipe.distill.batch, students, recipe.placement.accumulation)
+    check_groups(work.groups, len(recipe.students), students)
+    check_batch(recipe.distill.batch, students, recipe.placement.accumulation, work.groups)
     hosts = list(range(students, world)) if kind == "dedicated" else list(range(world))
     groups, shares = _shard_and_share(recipe, kind, work, hosts, known)
     busy = {rank for group in groups for rank in group.ranks} | {rank for rank, (names, _) in enumerate(shares) if names}
@@ -130,7 +134,7 @@ def _as_told(recipe: Recipe, world: int, work: Workload, known: Ranks) -> Placem
     sources = [Source(hosts[group.ranks[0]], tuple(group.teachers), sum(work.costs[name] for name in group.teachers),
                       tuple(hosts[rank] for rank in group.ranks)) for group in groups]
     sources += _sources({rank: names for rank, (names, _) in zip(hosts, shares) if names}, work)
-    return Placement(kind, world, students, recipe.placement.accumulation, tuple(sources), known.nodes)
+    return Placement(kind, world, students, recipe.placement.accumulation, tuple(sources), work.groups, known.nodes)
 
 
 def _shard_and_share(recipe: Recipe, kind: str, work: Workload, hosts: list[int],
@@ -171,7 +175,9 @@ def _shard_and_share(recipe: Recipe, kind: str, work: Workload, hosts: list[int]
 def describe(placement: Placement) -> str:
     """The rank map as a person reads it."""
     students = f"ranks 0-{placement.student_ranks - 1}" if placement.student_ranks > 1 else "rank 0"
-    lines = [f"{placement.kind}: students on {students} of {placement.world}"] + [placement.why] * bool(placement.why)
+    groups = f" in {placement.groups} groups" if placement.groups > 1 else ""
+    lines = [f"{placement.kind}: students{groups} on {students} of {placement.world}"]
+    lines += [placement.why] * bool(placement.why)
     several = len(set(placement.nodes)) > 1
     for source in placement.sources:
         at = sorted({placement.nodes[rank] for rank in source.ranks}) if several else []
@@ -181,11 +187,13 @@ def describe(placement: Placement) -> str:
     return "\n".join(lines)
 
 
-def check_batch(batch: int, ranks: int, accumulation: int) -> None:
+def check_batch(batch: int, ranks: int, accumulation: int, groups: int = 1) -> None:
     """Raises UserError if a micro batch would fall below SAMPLES_PER_RANK."""
-    if batch // ranks // accumulation < SAMPLES_PER_RANK:
+    if batch // (ranks // groups) // accumulation < SAMPLES_PER_RANK:
         split = f" with {accumulation} micro batches each" if accumulation > 1 else ""
-        raise UserError(f"batch {batch} feeds at most {batch // SAMPLES_PER_RANK // accumulation} student ranks{split} "
+        split += f" in {groups} groups" if groups > 1 else ""
+        most = batch // SAMPLES_PER_RANK // accumulation * groups
+        raise UserError(f"batch {batch} feeds at most {most} student ranks{split} "
                         f"({SAMPLES_PER_RANK} samples each at least), you asked for {ranks}: raise distill.batch or "
                         "start fewer student ranks")
 
@@ -204,7 +212,8 @@ def _kind_and_students(recipe: Recipe, world: int, teachers: int) -> tuple[str, 
                         "start more (torchrun --nproc_per_node 2) or set placement.kind=single")
     if kind != "dedicated":
         return kind, world
-    students = wish.student_ranks or max(1, world // 2)
+    groups = wish.student_groups
+    students = wish.student_ranks or max(groups, world // 2 // groups * groups)
     if students >= world:
         raise UserError(f"placement.student_ranks is {students}, which leaves {max(0, world - students)} of {world} "
                         f"ranks to the teachers: ask for at most {world - 1} or start more ranks")

@@ -17,7 +17,7 @@ from pkd.pyramid import Pyramid, build_pyramid
 from pkd.rank_map import Ranks
 from pkd.recipe import Recipe
 from pkd.recipe_file import digest
-from pkd.schedule import BLOCK, split
+from pkd.schedule import BLOCK, student_parts
 from pkd.simulator import simulate
 from pkd.system import Prediction, System
 from pkd.timings import estimated, workload
@@ -87,7 +87,7 @@ def _seconds_a_view(views: Views, data: DataSet) -> float:
 def _ranks(placement: Placement, work: Workload, system: System, predicted: Prediction) -> list[dict]:
     shards = {name: f"{name} (1/{len(source.group)})" for source in placement.sources if source.group
               for name in source.teachers}
-    parts = split(work.batch, placement.student_ranks)
+    parts = student_parts(work.batch, placement.student_ranks, placement.groups)
     size = placement.rank_map().bytes(work, placement.accumulation)
     return [{"rank": rank, "role": placement.role(rank),
              "samples": parts[rank].stop - parts[rank].start if rank < len(parts) else 0,

@@ -85,7 +85,7 @@ class Planner:
         work = self.work
         cost = sum(teacher.seconds for teacher in work.teachers.values())
         def least(s: int) -> float:
-            rows = -(-work.batch // s)
+            rows = -(-work.batch // (s // work.groups))
             train = work.students.seconds(rows, self.accumulation) + rows * work.view + work.step + work.sync(s)
             return max(train, cost / (self.world - s))
         return sorted(students, key=least)[:4]
@@ -95,9 +95,11 @@ class Planner:
 
     def trains(self, students: int) -> bool:
         """Whether so many student ranks have samples and memory enough."""
+        share, rest = divmod(students, self.work.groups)
+        if rest or self.work.batch // share // self.accumulation < SAMPLES_PER_RANK:
+            return False
         needed = self.work.student_memory(students, self.accumulation)
-        return (self.work.batch // students // self.accumulation >= SAMPLES_PER_RANK
-                and all(needed <= self.known.usable(rank) for rank in range(students)))
+        return all(needed <= self.known.usable(rank) for rank in range(students))
 
     def _shares(self, hosts: int, room: list[float]) -> list[tuple[list[str], float]]:
         work = self.work
@@ -117,11 +119,12 @@ class Planner:
         return text
 
     def _why_none(self) -> str:
-        most = self.work.batch // SAMPLES_PER_RANK // self.accumulation
+        groups = self.work.groups
+        most = self.work.batch // SAMPLES_PER_RANK // self.accumulation * groups
         if most == 0:
             return (f"distill.batch is {self.work.batch}, too few for {self.accumulation} micro batch(es) of "
                     f"{SAMPLES_PER_RANK} samples at least: raise it, or lower placement.accumulation")
-        least = min(self.work.student_memory(s, self.accumulation) for s in range(1, min(most, self.world) + 1))
+        least = min(self.work.student_memory(s, self.accumulation) for s in range(groups, min(most, self.world) + 1, groups))
         weights = sum(teacher.size for teacher in self.work.teachers.values())
         return (f"the recipe does not fit on {self.world} rank(s): a student rank needs {least / 2**30:.2f} GiB at least "
                 f"and the teachers' weights {weights / 2**30:.2f} GiB in all, by estimate, but {100 * USABLE:.0f} % of the "

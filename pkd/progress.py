@@ -20,13 +20,14 @@ from pkd.validate import Scores
 class Progress:
     def __init__(self, setup: Setup, engine: Engine):
         recipe = setup.job.recipe
-        self.setup, self.job, self.engine, self.recipe = setup, setup.job, engine, recipe
+        self.setup, self.job, self.engine, self.recipe, self.joined = setup, setup.job, engine, recipe, setup.joined
         self.names = [student.name for student in recipe.students]
-        self.writer = dist.get_rank() == 0
+        self.writer = self.job.world.rank == 0
+        self.keeper = dist.get_rank() == 0  # of its group's students
         self.epoch = self.step = 0
         self.rates = Rates(list(recipe.students), recipe.distill.epochs * setup.schedule.steps_per_epoch)
         self.best: dict[str, dict] = {}  # student -> {"epoch", "accuracy", "loss"} on validation
-        self.best_weights: dict[str, dict[str, torch.Tensor]] = {}  # on rank 0 only
+        self.best_weights: dict[str, dict[str, torch.Tensor]] = {}  # of the group's students, on its first rank only
         self.memory: dict[str, int] = {}
         self.saved = time.monotonic()
         self._new_sums()
@@ -40,7 +41,7 @@ class Progress:
         return self.writer and time.monotonic() - self.saved > 60 * self.recipe.checkpoint_minutes
 
     def save(self, phase: str) -> None:
-        """Write a checkpoint of this moment; a collective over the students' island.
+        """Write a checkpoint of this moment; a collective over all student ranks.
 
         Not if a loss was not finite: the ballot is about to stop the run, and the last good checkpoint must stay.
         """
@@ -50,15 +51,19 @@ class Progress:
             return
         self.job.run.check_locks()
         tensors = {f"best-{name}": weights for name, weights in self.best_weights.items()}
-        tensors["sums"] = {"sums": sums}
+        tensors.update({"sums": {"sums": sums}} if self.writer else {})
         progress = {
             "epoch": self.epoch, "step": self.step, "best": self.best, "rates": self.rates.to_json(),
             "terms": self.sums.names, "steps": self.sums.steps, "seconds": self.sums.seconds, "wait": self.sums.wait,
             "teachers": self.setup.teacher_hashes, "fingerprint": self.setup.data.fingerprint,
         }
         checkpoint.save(self.job.run.checkpoints, self.total_step, self.engine, progress, tensors,
-                        lambda: self.job.beat(phase))
+                        lambda: self.job.beat(phase), self._gather)
         self.saved = time.monotonic()
+
+    def _gather(self, mine):
+        self.job.watchdog.waits(self.joined.name)
+        return self.joined.gather(mine)
 
     def restore(self, path: str | None) -> None:
         """Take up a checkpoint, or begin; lines that a later stretch had written are dropped."""
@@ -69,8 +74,9 @@ class Progress:
             self.sums.steps, self.sums.seconds, self.sums.wait = saved["steps"], saved["seconds"], saved["wait"]
             every = read_tensors(Path(path) / "sums.safetensors")["sums"]
             self.sums.restore(saved["terms"], every, self.engine.ranks, dist.get_rank())
-            if self.writer:
-                self.best_weights = {n: read_tensors(Path(path) / f"best-{n}.safetensors") for n in self.best}
+            if self.keeper:
+                self.best_weights = {name: read_tensors(Path(path) / f"best-{name}.safetensors")
+                                     for name in self.engine.names if name in self.best}
         if self.writer:
             drop_lines_after(self.job.run.metrics, self.total_step if self.step == 0 else self.total_step - 1)
             drop_lines_after(self.job.run.steps, self.total_step - 1)
@@ -83,7 +89,7 @@ class Progress:
             before = self.best.get(name)
             if before is None or (found["accuracy"], -found["loss"]) > (before["accuracy"], -before["loss"]):
                 self.best[name] = found
-                if self.writer:
+                if self.keeper and name in self.engine.copies:
                     copy = self.engine.copies[name].state_dict()
                     self.best_weights[name] = {key: value.detach().cpu().clone() for key, value in copy.items()}
         terms = self.sums.means()
@@ -99,17 +105,19 @@ class Progress:
 
     def finish(self) -> None:
         """Write the students: the best weights of each by validation."""
-        if not self.writer:
+        if not self.keeper:
             return
         whole = self.setup.limit is None
         self.setup.job.run.students.mkdir(exist_ok=True)
-        for index, name in enumerate(self.names):
+        for index, name in zip(self.joined.own, self.engine.names):
             network = self.engine.copies[name]
             network.load_state_dict(self.best_weights[name])
             student = self.recipe.students[index]
             facts = {"name": name, "validation": self.best[name], "recipe": self.recipe.name}
             write_network(self.job.run.students / name, network, student.model, list(self.setup.data.classes),
                           self.setup.data, facts)
+        if self._gather("written") is None:
+            return
         write_json(self.job.run.students / "students.json", {
             "students": self.names, "complete": whole, "epochs": self.epoch, "teachers": self.setup.teacher_hashes,
             "soft_targets": self.setup.soft_targets, "world_size": self.job.world.size,
@@ -130,17 +138,17 @@ class Progress:
             self.setup.epochs * whole)
 
     def trace(self, step: int, losses: torch.Tensor) -> None:
-        """With `trace`, this step's loss of every student over all ranks; a collective over the students' island."""
+        """With `trace`, this step's loss of every student over all ranks; a collective over all student ranks."""
         if not self.recipe.trace:
             return
         parts = [torch.empty_like(losses) for _ in range(self.engine.ranks)]
         dist.all_gather(parts, losses)
+        total = self.joined.everyone(torch.stack(parts).double().sum(0)).tolist()
         if self.writer:
-            total = torch.stack(parts).double().sum(0).tolist()
             append_line(self.job.run.steps, {"step": step, "loss": dict(zip(self.names, total))})
 
     def _new_sums(self) -> None:
-        self.sums = Sums(len(self.names), self.job.world.device)
+        self.sums = Sums(self.joined, self.job.world.device)
 
     def _line(self, scores: Scores, terms: dict[str, list[float]]) -> dict:
         batch, sums = self.setup.schedule.batch, self.sums

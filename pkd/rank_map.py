@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pkd.schedule import split
+from pkd.schedule import student_parts
 from pkd.system import System
 from pkd.workload import Workload
 
@@ -58,7 +58,7 @@ class RankMap:
 
     def system(self, work: Workload, accumulation: int, known: Ranks) -> System:
         answer, train, sent = (np.zeros(self.world) for _ in range(3))
-        rows = np.array([part.stop - part.start for part in split(work.batch, self.students)])
+        rows = np.array([part.stop - part.start for part in student_parts(work.batch, self.students, work.groups)])
         train[:self.students] = accumulation * work.students.micro + rows * (work.students.row + work.view)
         answer += work.step
         asked = np.zeros(self.world)  # rows of all its teachers; where they overlap, a view is made once

@@ -186,6 +186,9 @@ class Placement(Section):
     # teacher -> ranks that hold its weights together; others are whole, or on dedicated ranks over as few as hold them
     shards: dict[str, Whole] = {}
     accumulation: Whole = 1  # micro batches per optimizer step on each student rank
+    # Islands that students and their ranks are dealt to, each with an engine of its own and the whole batch: no gradients
+    # cross between them, and batch statistics are of 1/n as many ranks. As many as students: each has ranks of its own.
+    student_groups: Whole = 1
 
 
 class DeepSpeed(Section):

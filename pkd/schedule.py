@@ -23,6 +23,11 @@ def split(total: int, parts: int) -> list[slice]:
     return [slice(int(a), int(b)) for a, b in pairwise(bounds)]
 
 
+def student_parts(batch: int, ranks: int, groups: int) -> list[slice]:
+    """Positions in the global batch of each student rank: every group of them has the whole batch."""
+    return split(batch, ranks // groups) * groups
+
+
 class Schedule:
     """Which samples belong to which optimizer step; an epoch's last partial batch is dropped.
 

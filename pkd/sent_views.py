@@ -19,10 +19,11 @@ class SentViews:
     def __init__(self, peers: Peers | None, placement: Placement, views: Views, rank: int, batch: int, ring: int):
         self.peers, self.views, self.rank = peers, views, rank
         self.sources = [source.rank for source in placement.sources]
-        self.parts = split(batch, placement.student_ranks)
+        self.parts = split(batch, placement.student_ranks // placement.groups)
         self.starts = np.array([part.start for part in self.parts] + [batch])
         self.trains = rank < placement.student_ranks
-        self.mine = self.parts[rank] if self.trains else slice(0, 0)
+        self.sends = rank < len(self.parts)  # the first group's ranks do, whose views are those of every group
+        self.mine = self.parts[rank % len(self.parts)] if self.trains else slice(0, 0)
         pixels = (views.channels, *views.size)
         self.own = [torch.zeros(self.mine.stop - self.mine.start, *pixels, dtype=torch.uint8) for _ in range(ring)]
         asked = batch if rank in self.sources else 0
@@ -35,7 +36,7 @@ class SentViews:
         if self.trains:
             self.own[slot].copy_(self.views.batch(torch.from_numpy(ids[self.mine]), epoch))
         for index, source in enumerate(self.sources):
-            if source != self.rank and not self.trains:
+            if source != self.rank and not self.sends:
                 continue
             needed = np.unique(routes.position[routes.source == index])
             bounds = np.searchsorted(needed, self.starts)

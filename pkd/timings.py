@@ -59,14 +59,15 @@ def workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, timings: Timings, 
                                              4 * cost.parameters, len(teacher.classes))
         largest = max(largest, *(layer.read + layer.written for layer in cost.layers))
     costs, element = _students(recipe, data), 4 if precision(config) == "fp32" else 2
+    parameters, groups = sum(cost.parameters for cost in costs), recipe.placement.student_groups
     students = StudentWork(
-        timings.micro, timings.row, sum(cost.parameters for cost in costs),
+        timings.micro / groups, timings.row / groups, parameters // groups,
         max(len(state_keys(parameter_group(s.name, [], s))) for s in recipe.students),
-        element * sum(cost.activations for cost in costs))
+        element * sum(cost.activations for cost in costs) / groups)
     links = timings.links
     if timings.sync:
-        links = _ring(links, *timings.sync, students.parameters * element)
-    return Workload(teachers, students, batch, timings.view, timings.step, recipe.window, stage(config), element,
+        links = _ring(links, *timings.sync, parameters * element)
+    return Workload(teachers, students, batch, groups, timings.view, timings.step, recipe.window, stage(config), element,
                     4 * BLOCK * largest, data.channels * data.size[0] * data.size[1], links, runtime, timings.source)
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from pkd.joined import Joined
 from pkd.schedule import split
 from pkd.views import Views
 
@@ -25,18 +26,19 @@ class Scores:
 
 
 def validate(networks: list[torch.nn.Module], views: Views, ids: np.ndarray, labels: torch.Tensor,
-             device: torch.device, beat: Callable[[str | None], None],
+             device: torch.device, beat: Callable[[str | None], None], joined: Joined | None = None,
              seen: Callable[[torch.Tensor, torch.Tensor], None] = lambda logits, labels: None) -> Scores:
     """Networks on their plain views; labels: int64, the class index of each of `ids` as the networks number classes.
 
     In float64 and rank order, so that every rank has the same figures to the last bit. A collective if ranks > 1.
-    beat: told of progress, and for what this rank waits then. seen: told the logits of this rank's images batch by batch,
-    fp32 [networks and their mean, rows, classes], and their labels.
+    beat: told of progress, and for what this rank waits then. joined: where `networks` are those of a group of students,
+    to score the students of all groups. seen: told the logits of this rank's images batch by batch, fp32 [networks and
+    their mean, rows, classes], and their labels.
     """
     together = dist.is_initialized()
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
     mine = split(len(ids), ranks)[rank]
-    sums = torch.zeros(2, len(networks) + 1, dtype=torch.float64)
+    sums = torch.zeros(2, (joined.grouping.students if joined else len(networks)) + 1, dtype=torch.float64)
     with torch.inference_mode():
         for start in range(mine.start, mine.stop, ROWS):
             beat(None)
@@ -48,6 +50,9 @@ def validate(networks: list[torch.nn.Module], views: Views, ids: np.ndarray, lab
                 logits.append(network(images).float())
                 beat(None)
             logits = torch.stack(logits)
+            if joined:
+                beat(joined.name)
+                logits = joined.everyone(logits)
             logits = torch.cat([logits, logits.mean(0, keepdim=True)])
             seen(logits, truth)
             for index, own in enumerate(logits):

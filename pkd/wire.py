@@ -32,7 +32,7 @@ def partners(placement: Placement, rank: int) -> list[int]:
 
 def received(kind: str, placement: Placement, logits: int) -> int:
     """Bytes at most that a student rank receives in a step whose soft targets are `logits` numbers of two bytes."""
-    return 2 * (logits if kind == "broadcast" else -(-logits // placement.student_ranks))
+    return 2 * (logits if kind == "broadcast" else -(-logits // (placement.student_ranks // placement.groups)))
 
 
 def choose(wish: str, placement: Placement, logits: int) -> tuple[str, str]:

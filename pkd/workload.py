@@ -29,7 +29,7 @@ class TeacherWork:
 
 @dataclass(frozen=True)
 class StudentWork:
-    """All students together, as one engine trains them."""
+    """All students of an engine together."""
 
     micro: float  # seconds of a micro batch, whatever its rows
     row: float  # seconds a row
@@ -55,8 +55,9 @@ class Links:
 @dataclass(frozen=True)
 class Workload:
     teachers: dict[str, TeacherWork]  # only those that the objective asks
-    students: StudentWork
+    students: StudentWork  # of one group of them, if there are several: its even share
     batch: int
+    groups: int = 1  # of students and their ranks
     view: float = 0.0  # seconds to read, decode and augment one image
     step: float = 0.0  # seconds of every rank's bookkeeping in a step: routes, votes
     window: int = 2
@@ -89,7 +90,8 @@ class Workload:
         return -(-self.batch // BLOCK)
 
     def sync(self, ranks: int) -> float:
-        """Seconds of the gradients' ring all-reduce (Patarasuk & Yuan 2009)."""
+        """Seconds of the gradients' ring all-reduce (Patarasuk & Yuan 2009), within each group of `ranks` student ranks."""
+        ranks //= self.groups
         if ranks == 1:
             return 0.0
         size = self.students.parameters * self.element
@@ -97,6 +99,7 @@ class Workload:
 
     def student_memory(self, ranks: int, accumulation: int) -> float:
         """Bytes of a student rank without teachers: weights and states by ZeRO stage, a micro batch's activations, slots."""
+        ranks //= self.groups
         rows = -(-self.batch // ranks // accumulation)
         own = student_bytes(self.students.parameters, self.element, self.stage, ranks, self.students.states)
         return own + rows * (self.students.activations + self.image) + self.slots + self.runtime

@@ -107,12 +107,16 @@ class World:
             raise UserError(answer["error"])
         return answer["ok"]
 
-    def gather(self, name: str, mine: Any) -> list[Any] | None:
-        """Every rank's JSON-able `mine`, in rank order, on rank 0; None elsewhere. `name` must differ between calls."""
+    def gather(self, name: str, mine: Any, ranks: list[int] | None = None) -> list[Any] | None:
+        """The JSON-able `mine` of `ranks` (None: all), in their order, on rank 0, the first of them; None elsewhere.
+
+        `name` must differ between calls.
+        """
         if self.rank:
             self.store.set(f"gather/{name}/{self.rank}", json.dumps(mine))
             return None
-        return [mine] + [json.loads(self._wait_for(f"gather/{name}/{rank}")) for rank in range(1, self.size)]
+        others = ranks[1:] if ranks else range(1, self.size)
+        return [mine] + [json.loads(self._wait_for(f"gather/{name}/{rank}")) for rank in others]
 
     def _wait_for(self, key: str) -> bytes:
         """What another rank sets, however long it works at it: the watchdog sees to those that do not."""
