@@ -73,11 +73,13 @@ def online(tiny, taught, tmp_path_factory):
 
 @pytest.mark.parametrize("objective", ["composed", "paper"])
 def test_losses_and_students_are_those_of_the_run_with_teachers_bit_for_bit(tiny, new_run, objective):
-    """Invariant 1, with one and two student ranks; whoever filled the archive, and where placement asks for teachers."""
+    """Invariant 1, with one and two student ranks; whoever filled the archive, and where placement asks for teachers. A
+    student on a rank of its own (student_groups) is that of a single process."""
     words = (f"objective.kind={objective}", *FINITE)
     own = fill(1, tiny, new_run("archive"), *words)
     before = distilled(1, tiny, new_run("online-1"), *words), distilled(2, tiny, new_run("online-2"), *words, CO_LOCATED)
-    assert distilled(1, tiny, own, *words, ARCHIVE) == before[0]
+    alone = (1, ()) if objective == "composed" else (2, ("placement.student_groups=2",))
+    assert distilled(alone[0], tiny, own, *words, ARCHIVE, *alone[1]) == before[0]
     assert distilled(2, tiny, fill(3, tiny, new_run("archive-2"), *words), *words, ARCHIVE,
                      "placement.kind=dedicated") == before[1]
     assert before[0] != before[1]

@@ -87,7 +87,8 @@ def make_case(seed: int, kind: str, samples: int | None = None, scale: float = 3
     return Case(logits, labels, levels, routes, answers, constants)
 
 
-def computed(case: Case, start: int = 0, stop: int | None = None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def computed(case: Case, start: int = 0, stop: int | None = None,
+             **groups) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """pkd's terms and gradient of samples [start, stop) as one micro batch of the case's whole batch."""
     stop = len(case.labels) if stop is None else stop
     levels = []
@@ -97,7 +98,8 @@ def computed(case: Case, start: int = 0, stop: int | None = None) -> tuple[dict[
         local = [(routes[i][0], routes[i][1] - start) for i in mine]
         levels.append(level_targets(teachers, local, [answers[i] for i in mine], count))
     logits = case.logits[:, start:stop].clone().requires_grad_()
-    loss, terms = pyramid_loss(logits, torch.tensor(case.labels[start:stop]), levels, len(case.labels), case.constants)
+    loss, terms = pyramid_loss(logits, torch.tensor(case.labels[start:stop]), levels, len(case.labels), case.constants,
+                               **groups)
     loss.backward()
     return terms, logits.grad
 
@@ -163,6 +165,23 @@ def test_uneven_micro_batches_add_up_to_the_whole_batch(kind, seed, ranks, accum
     for name, whole in terms.items():
         assert_same_loss(case, sum(part[name] for part, _ in parts), whole)
     assert_same_gradient(case, torch.cat([part for _, part in parts], dim=1), gradient)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(seed=SEEDS, data=st.data())
+@quick
+def test_students_in_groups_have_their_terms_and_gradients_among_all(kind, seed, data):
+    """A group that knows the others' logits, without gradient, computes for its own students what all together do."""
+    case = make_case(seed, kind)
+    terms, gradient = computed(case)
+    every = range(len(case.logits))
+    own = data.draw(st.lists(st.sampled_from(every), min_size=1, unique=True).map(sorted))
+    found, part = computed(replace(case, logits=case.logits[own], constants=case.constants.of(own)), everyone=case.logits,
+                           own=own)
+    assert set(terms) | {"ensemble"} == set(found)  # also where the ensemble pulls none of the group's students
+    for name, whole in terms.items():
+        assert_same_loss(case, found[name], whole[own])
+    assert_same_gradient(case, part, gradient[own])
 
 
 @pytest.mark.parametrize("kind", ("paper own", "paper all", "composed", "top"))

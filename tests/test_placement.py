@@ -23,12 +23,14 @@ quick = settings(max_examples=80, deadline=None)
 def recipe(batch: int = 256, **placement) -> Recipe:
     return parse_recipe({
         "name": "r", "data": {"name": "digits"}, "pyramid": [{"model": "m", "teachers": 1}],
-        "students": [{"name": "s", "model": "m"}], "distill": {"batch": batch}, "placement": placement})
+        "students": [{"name": name, "model": "m"} for name in ("s", "t")], "distill": {"batch": batch},
+        "placement": placement})
 
 
 def place(wish: Recipe, world: int, costs: dict[str, float], sizes: dict[str, int] | None = None,
           known: Ranks | None = None) -> Placement:
-    return placing.place(wish, world, work_of(wish, costs, sizes), known)
+    work = work_of(wish, costs, sizes, groups=wish.placement.student_groups)
+    return placing.place(wish, world, work, known)
 
 
 def costs_of(*, least: int = 1, most: int = 7) -> st.SearchStrategy[dict[str, float]]:
@@ -179,6 +181,21 @@ def test_auto_is_single_alone_and_dedicated_if_student_ranks_are_given():
     assert (placement.kind, placement.student_ranks) == ("dedicated", 2)
 
 
+@given(world=st.integers(2, 9), kind=st.sampled_from(["auto", "co-located", "dedicated"]),
+       batch=st.sampled_from([8, 16, 64]))
+@quick
+def test_groups_of_students_have_as_many_ranks_and_the_whole_batch_each(world, kind, batch):
+    """Twice as many student ranks are fed by the same batch; what cannot be dealt evenly is refused."""
+    try:
+        placement = place(recipe(batch, kind=kind, student_groups=2), world, {"top": 2.0})
+    except UserError as refusal:
+        assert any(words in str(refusal) for words in ("no multiple", "feeds at most", "of them busy", "to the teachers"))
+        return
+    assert placement.groups == 2 and placement.student_ranks % 2 == 0
+    assert batch // (placement.student_ranks // 2) >= SAMPLES_PER_RANK
+    assert Placement.from_json(json.loads(json.dumps(placement.to_json()))) == placement
+
+
 @pytest.mark.parametrize("kind", ["auto", "co-located", "dedicated"])
 def test_without_teachers_every_rank_trains_students(kind):
     placement = place(recipe(kind=kind), 4, {})
@@ -218,6 +235,10 @@ REFUSED = {
                             ["shards.top is 2", "replicas.top is 2"]),
     "shards of other numbers": (recipe(kind="dedicated", student_ranks=1, shards={"top": 2, "left": 3}), 4, TWO,
                                 ["3 rank(s) for teachers", "in 2, 3 shards"]),
+    "more groups than students": (
+        recipe(student_groups=3), 6, TWO, ["student_groups is 3", "2 student(s)"]),
+    "uneven groups": (recipe(kind="co-located", student_groups=2), 3, TWO, ["student_groups is 2", "3 student rank(s)"]),
+    "groups in one process": (recipe(student_groups=2), 1, TWO, ["student_groups is 2", "1 student rank(s)"]),
     "idle teacher ranks": (
         recipe(32, kind="dedicated", student_ranks=1), 6, TWO, ["5 teacher ranks", "batch of 32", "2 of them"]),
 }

@@ -93,3 +93,18 @@ def test_one_more_rank_goes_where_the_work_is(cost, wanted):
 def test_what_bounds_a_step_is_named():
     system = System(1, np.array([0.0, 3.0]), np.array([2.0, 0.0]), np.array([0.0, 1e6]), 2, bandwidth=1e6)
     assert max(system.bounds(), key=system.bounds().get) == "the teacher ranks' work" and system.bound() == 3.0
+
+
+def test_groups_of_students_save_gradients_and_make_every_view_more_often():
+    """Half of the parameters travel between half of the ranks; every group needs all views."""
+    ranks, links = Ranks(), Links(1e9, 1e-4, 1e5)
+    whole = work_of(recipe(64), {"top": 0.1}, links=links)
+    half = replace(whole.students, micro=0.05, row=0.005, parameters=500, activations=500.0)
+    grouped = replace(whole, students=half, groups=2)
+    steps = {}
+    for view in (0.0, 0.1):
+        for work in (whole, grouped):
+            placed = Planner(replace(work, view=view), 4, 1, {}, ranks).rank_map(4, 0)
+            steps[work.groups, view] = simulate(placed.system(replace(work, view=view), 1, ranks)).step
+    assert steps[2, 0.0] < steps[1, 0.0] and steps[2, 0.1] > steps[1, 0.1]
+    assert grouped.student_memory(4, 1) < whole.student_memory(4, 1)  # as many activations, half of the weights

@@ -1,12 +1,11 @@
 """Groups of students with islands of their own: the same students as with fewer ranks and no groups."""
 
 import json
+from itertools import chain
 
-import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import refused, run, students, trace
+from ranks import run, students, trace
 
 from pkd.schedule import student_parts
 from pkd.student_groups import Grouping
@@ -18,9 +17,9 @@ GROUPS, DEDICATED, CO_LOCATED = "placement.student_groups=2", "placement.kind=de
 def test_every_student_sees_every_sample_on_the_ranks_of_one_group(groups, places, more, batch):
     grouping = Grouping(groups, groups * places, groups + more)
     islands = [grouping.island(group) for group in range(groups)]
-    assert sorted(sum(islands, [])) == list(range(grouping.ranks)) and {len(island) for island in islands} == {places}
+    assert sorted(chain(*islands)) == list(range(grouping.ranks)) and {len(island) for island in islands} == {places}
     members = [grouping.members(group) for group in range(groups)]
-    assert sorted(sum(members, [])) == list(range(grouping.students)) and all(members)
+    assert sorted(chain(*members)) == list(range(grouping.students)) and all(members)
     parts = student_parts(batch, grouping.ranks, groups)
     for island in islands:
         assert [n for rank in island for n in range(batch)[parts[rank]]] == list(range(batch))
@@ -28,18 +27,37 @@ def test_every_student_sees_every_sample_on_the_ranks_of_one_group(groups, place
         assert len({(parts[rank].start, parts[rank].stop) for rank in grouping.column(place)}) == 1
 
 
+def came_to(folder):
+    """Every step's losses, every epoch's figures and the students."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figures = [[line[key] for key in ("train", "validation", "ensemble", "learning_rate")] for line in lines]
+    return trace(folder), figures, students(folder)
+
+
 def distilled(world, tiny, new, *overrides):
     folder, teachers_from = new
     run(world, "distill", tiny, "--run-folder", folder, teachers_from, *overrides)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return trace(folder), students(folder), [[line[key] for key in ("train", "validation", "ensemble")] for line in lines]
+    return came_to(folder)
 
 
-@pytest.mark.parametrize("objective", ["composed", "paper"])
-def test_a_student_on_ranks_of_its_own_is_that_of_a_single_process(tiny, new_run, objective):
-    """To the last bit, with the paper's ensemble term too: batch statistics do not depend on the number of ranks."""
-    kind = f"objective.kind={objective}"
-    alone = distilled(1, tiny, new_run("alone"), kind)
-    assert distilled(2, tiny, new_run("co-located"), kind, GROUPS, CO_LOCATED, "teacher_views=sent") == alone
-    assert distilled(3, tiny, new_run("dedicated"), kind, GROUPS, DEDICATED, "placement.student_ranks=2",
-                     "exchange=direct") == alone
+def test_a_student_on_ranks_of_its_own_is_that_of_a_single_student_rank(tiny, new_run, finished):
+    """To the last bit: batch statistics do not depend on the number of ranks."""
+    assert distilled(2, tiny, new_run("split"), GROUPS, CO_LOCATED, "teacher_views=sent") == came_to(finished)
+
+
+def test_groups_of_several_ranks_exchange_the_mean_of_logits(tiny, new_run):
+    """The paper's ensemble term, four student ranks in two groups against two without groups: to the last bit."""
+    paper, shared = "objective.kind=paper", ("exchange=direct", "placement.accumulation=2")
+    together = distilled(2, tiny, new_run("together"), paper, CO_LOCATED, *shared)
+    assert distilled(4, tiny, new_run("split"), paper, CO_LOCATED, *shared, GROUPS) == together
+
+
+def test_a_run_goes_on_split_and_together_as_if_it_had_never_been_stopped(tiny, new_run, finished):
+    """From groups to none and back, one stop in each epoch: momentum, statistics, best weights and sums included."""
+    folder, teachers_from = new_run("moved")
+    words = ("distill", tiny, "--run-folder", folder, teachers_from)
+    split = (GROUPS, DEDICATED, "placement.student_ranks=2")
+    run(3, *words, *split, "--steps", 5)
+    run(1, *words, "--steps", 14)
+    run(3, *words, *split, "deepspeed.students=zero2")
+    assert came_to(folder) == came_to(finished)
