@@ -154,7 +154,7 @@ class _Meter:
         networks = {s.name: fresh(s.model.model_copy(update={"weights": None}), len(job.data.classes), job.data, 0, s.name)
                     for s in recipe.students}
         engine = Engine(networks, list(recipe.students), load_ds_config(recipe.deepspeed.students), 1, device,
-                        recipe.channels_last, recipe.distill.sync_batch_norm)
+                        recipe.channels_last, recipe.distill.sync_batch_norm, recipe.distill.compile)
         engine.set_rates([1e-9] * len(networks))  # they stay as they are: infinities have times of their own
 
         def step(rows: int) -> None:

@@ -81,7 +81,7 @@ class Distillation:
         self.constants = setup.constants.of(self.joined.own)
         self.engine = Engine(setup.student_networks(), settings, setup.ds_config,
                              setup.placement.accumulation, self.device, self.recipe.channels_last,
-                             self.recipe.distill.sync_batch_norm)
+                             self.recipe.distill.sync_batch_norm, self.recipe.distill.compile)
         self.progress = Progress(setup, self.engine)
         self.progress.restore(start["checkpoint"])
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()

@@ -1,6 +1,8 @@
 """DeepSpeed configurations by name (ds_configs/) or path, checked against what pkd needs and what DeepSpeed can do."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 from pkd.errors import UserError, nearest
@@ -42,6 +44,11 @@ def precision(config: dict) -> str:
     return next((kind for kind in ("bf16", "fp16") if config.get(kind, {}).get("enabled")), "fp32")
 
 
+def arithmetic(config: dict) -> str:
+    """In what forward and backward reckon: what precision() says, or 'bf16 autocast' over fp32 weights."""
+    return "bf16 autocast" if config.get("torch_autocast", {}).get("enabled") else precision(config)
+
+
 def stage(config: dict) -> int:
     """The ZeRO stage, 0 to 3."""
     return config.get("zero_optimization", {}).get("stage", 0)
@@ -51,7 +58,7 @@ def _check(config: dict, name: str) -> None:
     owned = [key for key in OWNED if key in config]
     if owned:
         raise UserError(f"DeepSpeed configuration {name} sets {owned[0]}, which the recipe decides: remove it there")
-    for kind in ("bf16", "fp16"):
+    for kind in ("bf16", "fp16", "torch_autocast"):
         if not isinstance(config.get(kind, {}), dict):
             raise UserError(f"DeepSpeed configuration {name}: {kind} must be an object such as {{\"enabled\": true}}")
     if stage(config) not in (0, 1, 2, 3):
@@ -63,8 +70,13 @@ def _check(config: dict, name: str) -> None:
     if precision(config) == "fp16" and stage(config) == 0:
         raise UserError(f"DeepSpeed configuration {name} asks for fp16 with ZeRO 0, whose loss scaling is unsound: "
                         "use ZeRO 1, 2 or 3, or bf16")
-    if config.get("bf16", {}).get("enabled") and config.get("fp16", {}).get("enabled"):
-        raise UserError(f"DeepSpeed configuration {name} enables both bf16 and fp16: choose one")
+    enabled = [kind for kind in ("bf16", "fp16", "torch_autocast") if config.get(kind, {}).get("enabled")]
+    if len(enabled) > 1:
+        raise UserError(f"DeepSpeed configuration {name} enables both {enabled[0]} and {enabled[1]}: choose one")
+    if enabled == ["torch_autocast"] and config["torch_autocast"].get("dtype") != "bfloat16":
+        raise UserError(f"DeepSpeed configuration {name} asks for torch_autocast in "
+                        f"{config['torch_autocast'].get('dtype')!r}, whose loss scale pkd cannot keep: set its dtype to "
+                        "bfloat16")
 
 
 def check_device(config: dict, name: str, device: str) -> None:
@@ -72,6 +84,14 @@ def check_device(config: dict, name: str, device: str) -> None:
     if precision(config) == "fp16" and device != "cuda":
         raise UserError(f"DeepSpeed configuration {name} asks for fp16, which DeepSpeed runs on CUDA only, and there is "
                         "no GPU here: use its bf16 or fp32 sibling")
+
+
+def check_compiler(wanted: bool) -> None:
+    """Raises UserError where torch.compile is wanted and there is no compiler of C++, which it calls for every device."""
+    found = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "g++", "g++", "clang++"))), None)
+    if wanted and found is None:
+        raise UserError("distill.compile is true, but torch.compile needs a C++ compiler, and there is no g++ or clang++ "
+                        "here: install one, name it in CXX, or set distill.compile=false")
 
 
 def check_shards(config: dict, name: str) -> None:

@@ -21,7 +21,8 @@ class Engine:
     """networks: name -> network, freshly built and equal on every rank; settings: one a network."""
 
     def __init__(self, networks: dict[str, Network], settings: list[Optimisation], ds_config: dict,
-                 accumulation: int, device: torch.device, channels_last: bool, sync_batch_norm: bool = False):
+                 accumulation: int, device: torch.device, channels_last: bool, sync_batch_norm: bool = False,
+                 compiled: bool = False):
         deepspeed = import_deepspeed()
         self.names = tuple(networks)
         # What is validated, kept and exported: fp32 weights (averaged ones where asked) and mean batch statistics.
@@ -42,6 +43,8 @@ class Engine:
             network.channels_last = True
             if stage(ds_config) == 0 and precision(ds_config) == "fp32":  # else they are views of DeepSpeed's flat buffers
                 network.use_channels_last()
+        if compiled:
+            self.ds.compile(compile_kwargs={"dynamic": False})  # micro batches have one or two sizes
         self.optimizer.partitioned = stage(ds_config) > 0
         self.optimizer.ready = True
         self.scale = self.ranks * accumulation  # DeepSpeed averages over ranks and micro batches; our losses are sums

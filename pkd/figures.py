@@ -40,7 +40,8 @@ class Keys:
         return {"part": "train", "students": students, "classes": len(self.pyramid.classes), "rows": self.rows(),
                 "batch": self.recipe.distill.batch, "objective": part(self.recipe.objective, free=False),
                 "teachers": [len(teacher.classes) for teacher in self.pyramid.teachers],
-                "deepspeed": self.recipe.deepspeed.students, **self._common()}
+                "deepspeed": self.recipe.deepspeed.students, "channels_last": self.recipe.channels_last,
+                "compile": self.recipe.distill.compile, **self._common()}
 
     def sync(self) -> dict:
         """Seconds of a students' step of the smaller micro batch, gradients of the measuring ranks all-reduced."""

@@ -11,7 +11,7 @@ import torch
 from pkd.confusion import pyramid_of
 from pkd.console import Console
 from pkd.data import DataSet, load_data
-from pkd.ds_config import check_device, load_ds_config
+from pkd.ds_config import check_compiler, check_device, load_ds_config
 from pkd.errors import UserError
 from pkd.files import write_json
 from pkd.hardware import Hardware, hardware, to_json
@@ -54,6 +54,7 @@ class Job:
         self._introduce()
         name = self.recipe.deepspeed.teachers if self.phase == "teach" else self.recipe.deepspeed.students
         check_device(load_ds_config(name), name, self.world.device.type)
+        check_compiler(self.recipe.distill.compile and self.phase == "distill")
         self.beat("reading data")
         self.data: DataSet = load_data(self.recipe.data)
         self.beat("data read")

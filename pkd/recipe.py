@@ -174,6 +174,8 @@ class Distill(Section):
     epochs: Whole = 20
     batch: Whole = 64  # samples per optimizer step over all student ranks together
     sync_batch_norm: bool = False
+    # torch.compile of the students' forward and backward: other kernels, which the first step makes for a minute or more.
+    compile: bool = False
 
 
 class Placement(Section):

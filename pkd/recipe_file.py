@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pkd.ds_config import check_shards, load_ds_config, precision
+from pkd.ds_config import arithmetic, check_shards, load_ds_config
 from pkd.errors import UserError, nearest
 from pkd.recipe import Recipe, part
 from pkd.shipped import is_file, shipped_file, shipped_names
@@ -54,7 +54,7 @@ def parse_recipe(tree: dict, name: str = "the recipe") -> Recipe:
 
 def identity(recipe: Recipe) -> dict:
     """The part of the recipe that decides the result, dtypes of the DeepSpeed configurations included."""
-    dtypes = {role: precision(load_ds_config(getattr(recipe.deepspeed, role))) for role in ("students", "teachers")}
+    dtypes = {role: arithmetic(load_ds_config(getattr(recipe.deepspeed, role))) for role in ("students", "teachers")}
     return {**part(recipe, free=False), "dtypes": dtypes}
 
 

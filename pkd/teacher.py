@@ -51,10 +51,15 @@ class TeacherHost:
         self.formats = {index: form for index, form in (formats or {}).items() if not form.plain}
         self.source, self.views, self.device, self.sends, self.works = source, views, device, sends, works
         self.names = names
+        # On a GPU teachers have a stream of their own, beside what the same rank trains. Images come from the host and
+        # answers lie there when forward() returns: after the weights, nothing on the device crosses streams.
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.networks = {}
         for index, network in networks.items():
             whole = isinstance(network, Network)
             self.networks[index] = in_dtype(network, bf16).to(device).eval().requires_grad_(False) if whole else network
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream(device))
 
     def answer(self, questions: list[Question], epoch: int) -> None:
         """Write this source's soft targets of some steps of an epoch into its slices of their flat buffers."""
@@ -83,16 +88,20 @@ class TeacherHost:
         return positions, self.views.batch(torch.from_numpy(question.ids[positions]), epoch)
 
     def forward(self, index: int, images: torch.Tensor) -> torch.Tensor:
-        """Centred logits of any number of images, fp16 [images, classes of the teacher]. Raises LocalError if not finite."""
-        network, parts = self.networks[index], []
-        # DeepSpeed exchanges the data of parameters, which inference mode forbids.
-        with torch.inference_mode() if isinstance(network, Network) else torch.no_grad():
+        """Centred logits of any number of images, fp16 [images, classes of the teacher] on the host.
+
+        Raises LocalError if not finite.
+        """
+        network = self.networks[index]
+        whole = isinstance(network, Network)
+        # DeepSpeed exchanges the data of parameters, which inference mode forbids, and chooses streams of its own.
+        with torch.inference_mode() if whole else torch.no_grad(), torch.cuda.stream(self.stream if whole else None):
+            parts = []
             for block in images.split(BLOCK):
-                whole = block
-                if len(block) < BLOCK:
-                    whole = torch.cat([block, block.new_zeros((BLOCK - len(block), *block.shape[1:]))])
-                parts.append(centred(network(whole.to(self.device))[:len(block)]))
-        logits = torch.cat(parts)
+                padding = block.new_zeros((BLOCK - len(block), *block.shape[1:]))
+                padded = torch.cat([block, padding]) if len(padding) else block
+                parts.append(centred(network(padded.to(self.device))[:len(block)]))
+            logits = torch.cat(parts).cpu()
         if not bool(torch.isfinite(logits).all()):
             name = self.names[index] if self.names else index
             raise LocalError(f"teacher {name} answers with logits that are not finite or beyond "

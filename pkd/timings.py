@@ -7,7 +7,7 @@ import numpy as np
 from pkd.cost import network_cost
 from pkd.data import DataSet
 from pkd.devices import BACKWARD, Device
-from pkd.ds_config import load_ds_config, precision, stage
+from pkd.ds_config import arithmetic, load_ds_config, precision, stage
 from pkd.objective import asked, constants
 from pkd.optimizer import parameter_group, state_keys
 from pkd.pyramid import Pyramid
@@ -37,7 +37,7 @@ def estimated(recipe: Recipe, pyramid: Pyramid, data: DataSet, device: Device, v
     blocks = {teacher.name: device.forward(network_cost(teacher.model, len(teacher.classes), data.channels, data.size),
                                            BLOCK, bf16)
               for teacher in pyramid.teachers}
-    costs, half = _students(recipe, data), precision(load_ds_config(recipe.deepspeed.students)) != "fp32"
+    costs, half = _students(recipe, data), arithmetic(load_ds_config(recipe.deepspeed.students)) != "fp32"
     few, many = ((1 + BACKWARD) * sum(device.forward(cost, rows, half) for cost in costs) for rows in (8, BLOCK))
     row = (many - few) / (BLOCK - 8)
     links = Links(gradients=device.link, gradients_latency=device.hop)

@@ -1,0 +1,163 @@
+"""Which kernels the students' step is fastest with here, network by network, and what part of it the loss is.
+
+python tests/bench/kernels.py [--rounds 9] [--rows 32] [--classes 100] [--size 32] [--compile]
+
+One process, one thread on a CPU, or the GPU where there is one. In each round every variant takes its turn, so a ratio
+compares steps that lie side by side. Writes RESULTS-kernels-<device>.md beside itself.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+import numpy as np
+import torch
+
+from pkd.bench import spread
+from pkd.ds_config import load_ds_config
+from pkd.engine import Engine
+from pkd.hardware import cpu_model
+from pkd.launcher import Launch
+from pkd.loss import pyramid_loss
+from pkd.models import build
+from pkd.objective import Constants
+from pkd.pyramid import build_pyramid
+from pkd.recipe import Level, Model, Optimisation, Timeouts
+from pkd.schedule import Router
+from pkd.targets import Unpacker
+from pkd.world import World
+
+STUDENTS = ("mobilenet_v2", "shufflenet_v2_x1_0")
+VARIANTS = {  # DeepSpeed configuration, channels_last, distill.compile
+    "fp32": ("zero0", False, False),
+    "fp32, channels last": ("zero0", True, False),
+    "fp32, channels last, ZeRO 1": ("zero1", True, False),
+    "bf16 autocast, channels last": ("zero1-autocast", True, False),
+    "bf16 weights, channels last": ("zero1-bf16", True, False),
+    "fp32, channels last, compiled": ("zero0", True, True),
+}
+STEPS = 3  # of a turn; the median counts
+
+
+class Step:
+    """One optimizer step of some students under one variant."""
+
+    def __init__(self, nets: tuple[str, ...], variant: tuple[str, bool, bool], ask: argparse.Namespace, device):
+        torch.manual_seed(0)
+        networks = {net: build(Model(name=net), ask.classes, 3, (ask.size, ask.size)) for net in nets}
+        config, channels_last, compiled = variant
+        self.engine = Engine(networks, [Optimisation(lr=1e-9)] * len(nets), load_ds_config(config), 1, device, channels_last,
+                             compiled=compiled)
+        self.images = torch.randint(0, 256, (ask.rows, 3, ask.size, ask.size), dtype=torch.uint8, device=device)
+        self.device = device
+
+    def seconds(self) -> float:
+        found = []
+        for _ in range(STEPS):
+            began = now(self.device)
+            logits = self.engine.train_step(self.images)
+            self.engine.backward(logits.square().mean())
+            found.append(now(self.device) - began)
+        return statistics.median(found)
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Loss:
+    """The loss of a step with the paper's or the composed objective: soft targets unpacked, forward and backward."""
+
+    def __init__(self, kind: str, ask: argparse.Namespace, device: torch.device):
+        levels = tuple(Level(model="m", teachers=count) for count in (1, 2, 4))
+        pyramid = build_pyramid(levels, tuple(map(str, range(ask.classes))), 0)
+        asked, own = list(range(7)), kind == "paper"
+        labels = np.random.default_rng(0).integers(0, ask.classes, ask.rows)
+        self.routes = Router(pyramid, [asked], own).routes(labels)
+        self.unpacker, self.device, self.rows = Unpacker(pyramid, asked), device, ask.rows
+        self.flat = torch.randn(self.routes.size).half()
+        self.labels = torch.from_numpy(labels).to(device)
+        self.constants = Constants(kind, 4.0, (0.6, 0.6, 1.0) if own else (1.0,), (0.2, 0.8) if own else (0.0, 0.0),
+                                   (0.0, 0.0), own)
+        self.logits = torch.randn(len(STUDENTS), ask.rows, ask.classes, device=device, requires_grad=True)
+
+    def seconds(self) -> float:
+        found = []
+        for _ in range(5 * STEPS):
+            began = now(self.device)
+            levels = self.unpacker.unpack(self.routes, self.flat, slice(0, self.rows), self.device)
+            loss, _ = pyramid_loss(self.logits, self.labels, levels, self.rows, self.constants)
+            loss.backward()
+            found.append(now(self.device) - began)
+        return statistics.median(found)
+
+
+def measured(programs: dict, rounds: int) -> dict:
+    """Seconds of every program in every round."""
+    found = {name: [] for name in programs}
+    for program in programs.values():
+        program.seconds()  # kernels are chosen and compiled
+    for number in range(rounds):
+        for name in programs if number % 2 == 0 else reversed(list(programs)):
+            found[name].append(programs[name].seconds())
+    return found
+
+
+def cells(values) -> str:
+    return " | ".join(f"{value:.3g}" for value in spread(list(values)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name, default in (("rounds", 9), ("rows", 32), ("classes", 100), ("size", 32)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes minutes")
+    ask = parser.parse_args()
+    torch.set_num_threads(1)
+    world = World(Launch("plain", 0, 1, 0, "", 0, "0", True), Timeouts())
+    world.join_island("bench", [0])
+    device = world.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_model()}, one thread"
+    lines = ["# Kernels of the students' step", "",
+             f"Written by `tests/bench/kernels.py` on {where}, torch {torch.__version__}: {ask.rows} rows of {ask.size} "
+             f"pixels, {ask.classes} classes, {ask.rounds} rounds in which every variant takes its turn; a ratio is of one "
+             "round.", "",
+             "| students | kernels | ms a step: min | median | max | of fp32's time: min | median | max |",
+             "|---|---|---|---|---|---|---|---|"]
+    for nets in (STUDENTS[:1], STUDENTS[1:]):
+        steps = {name: Step(nets, variant, ask, device) for name, variant in VARIANTS.items()
+                 if ask.compile or not variant[2]}
+        found = measured(steps, ask.rounds)
+        for name, seconds in found.items():
+            ratios = [a / b for a, b in zip(seconds, found["fp32"])]
+            lines.append(f"| {nets[0]} | {name} | {cells(1000 * s for s in seconds)} | {cells(ratios)} |")
+            print(lines[-1], flush=True)
+        for step in steps.values():
+            step.engine.close()
+    best = Step(STUDENTS, VARIANTS["fp32, channels last"], ask, device)
+    programs = {"step": best, **{kind: Loss(kind, ask, device) for kind in ("paper", "composed")}}
+    found = measured(programs, ask.rounds)
+    lines += ["", "The loss of both students (soft targets of seven teachers on three levels unpacked, forward, backward) "
+              "beside their step in fp32, channels last:", "",
+              "| objective | ms: min | median | max | share of the step in %: min | median | max |",
+              "|---|---|---|---|---|---|---|"]
+    for kind in ("paper", "composed"):
+        shares = [100 * a / (a + b) for a, b in zip(found[kind], found["step"])]
+        lines.append(f"| {kind} | {cells(1000 * s for s in found[kind])} | {cells(shares)} |")
+        print(lines[-1], flush=True)
+    (HERE / f"RESULTS-kernels-{device.type}.md").write_text("\n".join(lines) + "\n")
+    best.engine.close()
+    world.close()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
