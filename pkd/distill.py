@@ -210,7 +210,7 @@ class Distillation:
         validation = setup.data.splits["validation"]
         scores = validate(networks, setup.views, validation.numpy(), setup.labels[validation], self.device,
                           lambda group: self.job.beat("validation", group=group),
-                          self.joined if setup.placement.groups > 1 else None)
+                          joined=self.joined if setup.placement.groups > 1 else None)
         progress.end_epoch(scores)
 
 

@@ -26,14 +26,15 @@ class Scores:
 
 
 def validate(networks: list[torch.nn.Module], views: Views, ids: np.ndarray, labels: torch.Tensor,
-             device: torch.device, beat: Callable[[str | None], None], joined: Joined | None = None,
-             seen: Callable[[torch.Tensor, torch.Tensor], None] = lambda logits, labels: None) -> Scores:
+             device: torch.device, beat: Callable[[str | None], None],
+             seen: Callable[[torch.Tensor, torch.Tensor], None] = lambda logits, labels: None,
+             joined: Joined | None = None) -> Scores:
     """Networks on their plain views; labels: int64, the class index of each of `ids` as the networks number classes.
 
     In float64 and rank order, so that every rank has the same figures to the last bit. A collective if ranks > 1.
-    beat: told of progress, and for what this rank waits then. joined: where `networks` are those of a group of students,
-    to score the students of all groups. seen: told the logits of this rank's images batch by batch, fp32 [networks and
-    their mean, rows, classes], and their labels.
+    beat: told of progress, and for what this rank waits then. seen: told the logits of this rank's images batch by batch,
+    fp32 [networks and their mean, rows, classes], and their labels. joined: where `networks` are those of a group of
+    students, to score the students of all groups.
     """
     together = dist.is_initialized()
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
