@@ -12,12 +12,11 @@ def arms_table(study: dict) -> Table:
     for column in ("arm", "seeds", "teachers' cost", *names, "ECE %", "NLL"):
         out.add_column(column, justify="left" if column == "arm" else "right")
     for arm, own in study["arms"].items():
-        ensemble = own["networks"][ENSEMBLE]
+        networks = own["networks"]
         out.add_row(arm, str(len(own["seeds"])), f"{own['teacher_flops'] / study['pyramid_flops']:.2f}",
-                    *(_spread(own["networks"][name]["accuracy"], 100, 1) if name in own["networks"] else "" for name in names),
-                    _spread(ensemble["calibration_error"], 100, 1), _spread(ensemble["loss"], 1, 3))
-    out.caption = "teachers' cost: arithmetic of their training, the pyramid's being 1; ECE, NLL: the ensemble's calibration " \
-                  "error and loss"
+                    *(_spread(networks[name]["accuracy"], 100, 1) if name in networks else "" for name in names),
+                    _spread(networks[ENSEMBLE]["calibration_error"], 100, 1), _spread(networks[ENSEMBLE]["loss"], 1, 3))
+    out.caption = "teachers' cost: arithmetic of their training, the pyramid's being 1; ECE and NLL of the ensemble"
     return out
 
 
