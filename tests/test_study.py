@@ -109,7 +109,7 @@ def studied(tiny, taught, tmp_path_factory) -> tuple[Path, str, str]:
     process.processes[0].send_signal(signal.SIGTERM)
     stopped = process.wait()[0]
     assert stopped.code == 0 and not list(folder.glob("results/*")), stopped
-    return folder, stopped.out, run(1, *words(tiny, folder), timeout=200)[0].out
+    return folder, stopped.out, run(1, *words(tiny, folder), timeout=500)[0].out
 
 
 def test_a_signal_stops_a_study_and_a_second_start_finishes_it(studied):
