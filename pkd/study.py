@@ -198,7 +198,8 @@ def study(arguments: argparse.Namespace, console: Console) -> int:
         os.write(out, (json.dumps(found, indent=2) + "\n").encode())
         return code
     console.show(arms_table(found))
-    console.show(differences_table(found))
+    if found["differences"]:
+        console.show(differences_table(found))
     console.say("\n".join(remarks(found)))
     console.say(f"all figures are in {mine.folder / 'study.json'}")
     return code

@@ -16,7 +16,6 @@ def arms_table(study: dict) -> Table:
         out.add_row(arm, str(len(own["seeds"])), f"{own['teacher_flops'] / study['pyramid_flops']:.2f}",
                     *(_spread(networks[name]["accuracy"], 100, 1) if name in networks else "" for name in names),
                     _spread(networks[ENSEMBLE]["calibration_error"], 100, 1), _spread(networks[ENSEMBLE]["loss"], 1, 3))
-    out.caption = "teachers' cost: arithmetic of their training, the pyramid's being 1; ECE and NLL of the ensemble"
     return out
 
 
@@ -50,8 +49,11 @@ def remarks(study: dict) -> list[str]:
     if len(study["world_sizes"]) > 1:
         out.append(f"arms ran on different numbers of ranks ({', '.join(map(str, study['world_sizes']))}), so that their "
                    "students' batch statistics differ in more than the arm")
-    if study["missing"]:
-        out.append(f"not finished: {', '.join(study['missing'])}")
+    missing = study["missing"]
+    if missing:
+        out.append(f"not finished: {', '.join(missing[:4])}" + f" and {len(missing) - 4} more" * (len(missing) > 4))
+    out.append("teachers' cost is the arithmetic of their training, the pyramid's being 1; ECE (calibration error) and NLL "
+               "(loss) are the ensemble's")
     return [*out, f"the test split was read {study['test_readings']} times in all"]
 
 
