@@ -25,11 +25,12 @@ COMMANDS = {
     "predict": "classify image files",
     "launch": "run or submit the phases in order, going on where the run stands",
     "status": "tell where a run stands",
+    "study": "compare the recipe with its controls, arms by seeds, in one table; goes on where the study stands",
     "bench": "measure what the teachers cost on this machine",
     "fetch": "bring the data and the pretrained weights of a recipe, where there is a network",
 }
 ON_EVERY_RANK = ("teach", "archive", "distill")
-WITH_RECIPE = ("plan", "teach", "archive", "distill", "launch", "bench", "fetch")
+WITH_RECIPE = ("plan", "teach", "archive", "distill", "launch", "study", "bench", "fetch")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
             own.add_argument("--world", type=_positive, default=1, help="number of ranks")
             own.add_argument("--device", metavar="NAME", help="of every rank, by its data sheet: a100, h100, h200, l40s, "
                              "v100 or cpu (one core); default: this machine's")
-        if name in ("plan", "status"):
+        if name in ("plan", "status", "study"):
             own.add_argument("--json", action="store_true", help="print it as JSON")
         if name in ("export", "predict"):
             own.add_argument("--student", metavar="NAME", help="this one instead of the ensemble")
@@ -70,19 +71,27 @@ def parser() -> argparse.ArgumentParser:
             own.add_argument("--ranks-per-node", type=_positive, default=1, help="processes on this machine")
             own.add_argument("--rounds", type=_positive, default=9, help="how often each program runs")
             own.add_argument("--steps", type=_positive, default=24, help="steps of a run; the first quarter warms up")
-        if name == "launch":
-            own.add_argument("--on", required=True, choices=tuple(WAYS), metavar="WAY",
+        if name in ("launch", "study"):
+            own.add_argument("--on", required=name == "launch", default="here", choices=tuple(WAYS), metavar="WAY",
                              help="; ".join(f"{way}: {text}" for way, text in WAYS.items()))
             own.add_argument("--ranks-per-node", type=_positive, default=1, help="processes a machine, one a GPU")
             own.add_argument("--nodes", type=_positive, default=1, help="machines; slurm only")
             own.add_argument("--dry-run", action="store_true", help="print the commands and scripts, start nothing")
+            own.add_argument("--sbatch", action="append", default=[], metavar="OPTION",
+                             help="slurm: an option for every job, such as --sbatch=--partition=gpu")
+        if name == "study":
+            own.add_argument("--seeds", default="3", help="how many, or which: 3, or 0,1,5 (default: 3)")
+            own.add_argument("--arms", metavar="A,B", help="some of alone, top, top-t20, peers, top-long, paper-plain, "
+                             "paper, composed (default: all that suit the pyramid)")
+            own.add_argument("--arm", action="append", default=[], metavar='NAME="key=value ..."',
+                             help="an arm of your own: the recipe with these changes")
+            own.add_argument("--study-folder", type=Path, help="default: studies/<name of the recipe>")
+        if name == "launch":
             own.add_argument("--phases", help="some of teach,archive,distill,evaluate, with commas (default: all, archive "
                              "only where the recipe's soft_targets is archive)")
             own.add_argument("--teacher", action="append", metavar="NAME",
                              help="teach this one only; of several, a job array's element takes the one of its index")
             own.add_argument("--script", type=Path, help="slurm: your own copy of launch/slurm.sbatch")
-            own.add_argument("--sbatch", action="append", default=[], metavar="OPTION",
-                             help="slurm: an option for every job, such as --sbatch=--partition=gpu")
     return top
 
 
@@ -115,6 +124,10 @@ def main(argv: list[str] | None = None) -> int:
             from pkd.launch import launch as start
 
             return start(arguments, console)
+        if arguments.command == "study":
+            from pkd.study import study
+
+            return study(arguments, console)
         single(arguments, console)
         return 0
     except UserError as error:

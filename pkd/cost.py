@@ -57,3 +57,8 @@ def network_cost(model: Model, classes: int, channels: int, size: tuple[int, int
     total = float(counter.get_total_flops())
     layers.append(Layer(total - sum(layer.flops for layer in layers), 0, 0, 0))  # between modules, such as attention
     return NetworkCost(tuple(layers), total, sum(parameter.numel() for parameter in network.parameters()))
+
+
+def training_flops(cost: NetworkCost, batch: int, steps: int) -> float:
+    """Of `steps` optimizer steps of `batch` samples, a backward pass being as much as two forward ones."""
+    return 3 * cost.flops * batch * steps

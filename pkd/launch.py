@@ -27,17 +27,24 @@ def launch(arguments: argparse.Namespace, console: Console) -> int:
     words = [arguments.recipe, *arguments.overrides]
     if way == "slurm":
         return _submit(arguments, recipe, words, run, phases, console)
-    if way.startswith("srun") and (arguments.nodes > 1 or arguments.ranks_per_node > 1):
-        raise UserError(f"--on {way} takes nodes and ranks from the Slurm allocation, but --nodes is {arguments.nodes} and "
-                        f"--ranks-per-node {arguments.ranks_per_node}: give them to sbatch (--nodes, --ntasks-per-node)")
-    if arguments.nodes > 1:
-        raise UserError(f"--on {way} starts ranks on this machine only, but --nodes is {arguments.nodes}: use --on slurm, "
-                        "or leave --nodes out")
-    ranks = slurm_job.world_size(os.environ) if way.startswith("srun") else arguments.ranks_per_node
+    ranks = world_of(way, arguments.nodes, arguments.ranks_per_node)
     order = Order(recipe, words, run, way, ranks, phases, _teacher(arguments.teacher))
     if "distill" in phases and not is_done(order, "distill"):
-        _check_plan(recipe, ranks)
+        check_plan(recipe, ranks)
     return run_phases(order, console, arguments.dry_run)
+
+
+def world_of(way: str, nodes: int, per_node: int) -> int:
+    """How many ranks a way of starting gives. Raises UserError where it cannot give what was asked for."""
+    if way.startswith("srun") and (nodes > 1 or per_node > 1):
+        raise UserError(f"--on {way} takes nodes and ranks from the Slurm allocation, but --nodes is {nodes} and "
+                        f"--ranks-per-node {per_node}: give them to sbatch (--nodes, --ntasks-per-node)")
+    if nodes > 1 and way != "slurm":
+        raise UserError(f"--on {way} starts ranks on this machine only, but --nodes is {nodes}: use --on slurm, or leave "
+                        "--nodes out")
+    if way == "here" and per_node > 1:
+        raise UserError(f"--on here runs one process, but --ranks-per-node is {per_node}: use --on torchrun")
+    return slurm_job.world_size(os.environ) if way.startswith("srun") else nodes * per_node
 
 
 def _submit(arguments: argparse.Namespace, recipe: Recipe, words: list[str], run: Path, phases: tuple[str, ...],
@@ -60,7 +67,7 @@ def _submit(arguments: argparse.Namespace, recipe: Recipe, words: list[str], run
                         "--phases teach, or leave --teacher out")
     students = "distill" in phases and not is_done(order, "distill")
     if students:
-        _check_plan(recipe, world)
+        check_plan(recipe, world)
     wanted = [name for name in names if name in (arguments.teacher or names) and "teach" in phases
               and not is_done(Order(recipe, words, run, "slurm", world, phases, name), "teach")]
     top_ranks = min(world, max(1, recipe.teachers.batch // SAMPLES_PER_RANK))
@@ -77,7 +84,8 @@ def _submit(arguments: argparse.Namespace, recipe: Recipe, words: list[str], run
             console.report(slurm_chain.shown(slurm_chain.sbatch(job, script, arguments.sbatch, ids)))
         console.report(f"\n# {script}\n{script.read_text(encoding='utf-8')}")
     else:
-        slurm_chain.submit(jobs, script, arguments.sbatch, run, console)
+        ids = slurm_chain.submit(jobs, script, arguments.sbatch, run, console)
+        console.say(f"pkd status {run} tells where it stands; scancel {' '.join(ids.values())} ends it")
     return 0
 
 
@@ -108,7 +116,7 @@ def _teacher(names: list[str] | None) -> str | None:
     return names[int(index)]
 
 
-def _check_plan(recipe: Recipe, ranks: int) -> None:
+def check_plan(recipe: Recipe, ranks: int) -> None:
     """Refuse here what every rank would refuse, before any of them is started."""
     from pkd.plan import plan
 

@@ -47,6 +47,15 @@ def chain(words: list[str], run: Path, top: str | None, specialists: list[str], 
     return out
 
 
+def study(words: list[str], seeds: int, nodes: int, per_node: int) -> list[Submission]:
+    """The jobs of a study: an array, each element of which runs all arms of one seed, then one that prints the table; pure.
+
+    words: of the command, with all seeds; an element takes the one of its index.
+    """
+    return [Submission("study", (*_size(nodes, per_node), f"--array=0-{seeds - 1}"), tuple(words)),
+            Submission("table", _size(1, 1), tuple(words), ("study",))]
+
+
 def sbatch(job: Submission, script: Path, extra: list[str], ids: Mapping[str, str]) -> list[str]:
     """argv of a submission, `ids` being the job ids of those before it; pure."""
     after = [f"--dependency=afterok:{':'.join(ids[name] for name in job.after)}", "--kill-on-invalid-dep=yes"]
@@ -59,8 +68,9 @@ def shown(argv: list[str]) -> str:
     return " ".join(word if word.startswith("--dependency=") else shlex.quote(word) for word in argv)
 
 
-def submit(jobs: list[Submission], script: Path, extra: list[str], run: Path, console: Console) -> None:
-    """Submit a chain and write jobs.json. Raises UserError; what was submitted by then is cancelled again."""
+def submit(jobs: list[Submission], script: Path, extra: list[str], run: Path, console: Console) -> dict[str, str]:
+    """Submit a chain and write jobs.json: name -> job id. Raises UserError; what was submitted by then is cancelled again.
+    """
     _refuse_queued(run)
     ids: dict[str, str] = {}
     for job in jobs:
@@ -73,7 +83,7 @@ def submit(jobs: list[Submission], script: Path, extra: list[str], run: Path, co
             raise
         console.say(f"submitted {ids[job.name]}: {job.name}"
                     + (f", after {', '.join(ids[name] for name in job.after)}" if job.after else ""))
-    console.say(f"pkd status {run} tells where it stands; scancel {' '.join(ids.values())} ends it")
+    return ids
 
 
 def _size(nodes: int, per_node: int) -> tuple[str, ...]:

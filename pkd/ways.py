@@ -9,6 +9,7 @@ from pathlib import Path
 from pkd.launcher import FIRST_PORT, PORTS
 
 WAYS = {
+    "here": "one process",
     "torchrun": "one machine, torch's launcher",
     "deepspeed": "one machine, DeepSpeed's launcher",
     "srun": "inside a Slurm allocation: one task a rank",
@@ -23,6 +24,8 @@ _RANK = ["bash", "-c", 'trap "" TERM USR1; exec "$@"', "rank", sys.executable, "
 def command(way: str, arguments: list[str], ranks: int, env: Mapping[str, str], hostfile: Path) -> list[str]:
     """argv that runs `pkd <arguments>` on every rank. ranks: how many, on one machine; env, hostfile: under Slurm."""
     rank = [*_RANK, *arguments]
+    if way == "here":
+        return rank
     if way == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
                 "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--no-python", *rank]

@@ -59,3 +59,19 @@ def test_launch_submits_a_chain_and_a_failed_teacher_cancels_what_waits_for_it(c
     assert json.loads((folder / "summary.json").read_text())["complete"]
     with pytest.raises(RuntimeError, match=r"exit code 2.*belongs to another recipe"):
         cluster.slurm(*launch, "seed=1", cwd=tmp_path)
+
+
+def test_a_study_is_an_array_over_seeds_and_ends_with_its_table(cluster, tiny, tmp_path):
+    folder = tmp_path / "study"
+    study = ("python", "-m", "pkd", "study", tiny, "--arms", "alone", "--seeds", "3,5", "--study-folder", folder, "--on",
+             "slurm", "--ranks-per-node", 2, f"--sbatch=--output={tmp_path}/%x-%a.log")
+    cluster.slurm(*study, cwd=tmp_path)
+    jobs = json.loads((folder / "jobs.json").read_text())
+    assert set(jobs) == {"study", "table"}
+    assert cluster.wait(int(jobs["table"]), 240) == "COMPLETED", [path.read_text() for path in tmp_path.glob("*.log")]
+    found = json.loads((folder / "study.json").read_text())
+    assert found["complete"] and found["seeds"] == [3, 5] and found["world_sizes"] == [2] and found["test_readings"] == 2
+    said = next(path.read_text() for path in tmp_path.glob("pkd-table-*.log"))
+    assert "± " in said and "read 2 times in all" in said
+    assert "accuracy in %" in cluster.slurm(*study, cwd=tmp_path), "a finished study submits nothing"
+    assert json.loads((folder / "jobs.json").read_text()) == jobs

@@ -1,0 +1,140 @@
+"""The arms of a study: what a recipe is compared with, each as changes to it; pure."""
+
+import json
+import re
+from dataclasses import dataclass
+
+from pydantic import TypeAdapter, ValidationError
+
+from pkd.cost import network_cost, training_flops
+from pkd.errors import UserError, nearest
+from pkd.pyramid import build_pyramid, teacher_names
+from pkd.recipe import Level, Name, Recipe
+
+Shape = tuple[int, int, tuple[int, int]]  # classes, channels, (height, width)
+
+LONGER = 1.05  # a pyramid that costs less than so many times its top buys no control of its own
+
+
+@dataclass(frozen=True)
+class Arm:
+    """control: what a pyramid must beat to have paid. changes: "key.sub=value" each."""
+
+    name: str
+    title: str
+    changes: tuple[str, ...]
+    control: bool = False
+
+
+def pyramid_flops(recipe: Recipe, shape: Shape) -> tuple[float, float]:
+    """What it costs to train the recipe's whole pyramid, and its top alone; groups by confusion count as even shares."""
+    classes, *view = shape
+    costs = []
+    for level in recipe.pyramid:
+        counts = [len(group) for group in level.classes or ()] or [-(-classes // level.teachers)] * level.teachers
+        costs.append(sum(level_flops(recipe, level, (count, *view)) for count in counts))
+    return sum(costs), costs[0]
+
+
+def level_flops(recipe: Recipe, level: Level, shape: Shape) -> float:
+    """What it costs to train one teacher of a level."""
+    return training_flops(network_cost(level.model, *shape), recipe.teachers.batch, recipe.teachers.steps)
+
+
+def student_flops(recipe: Recipe, shape: Shape, samples: int) -> float:
+    """What it costs to train all students on `samples` training images."""
+    steps = recipe.distill.epochs * (samples // recipe.distill.batch)
+    return sum(training_flops(network_cost(student.model, *shape), recipe.distill.batch, steps)
+               for student in recipe.students)
+
+
+def built_in(recipe: Recipe, shape: Shape, classes: tuple[str, ...]) -> tuple[list[Arm], dict[str, str]]:
+    """The arms that every study has, and those that do not suit this recipe: name -> why."""
+    whole, top = pyramid_flops(recipe, shape)
+    ratio, count = whole / top, round(whole / top)
+    alone = recipe.pyramid[0].model_dump(mode="json", exclude_unset=True)
+    long = max(1, round(recipe.teachers.steps * ratio))
+    paper = recipe.objective.model_dump(mode="json", exclude_unset=True) if recipe.objective.kind == "paper" \
+        else {"kind": "paper"}
+    composed = recipe.objective.model_dump(mode="json", exclude_unset=True) | {"kind": "composed"} \
+        if recipe.objective.kind == "composed" else {"kind": "composed"}
+    only, soft = _as("pyramid", [alone]), _as("objective", {"kind": "top", "temperature": 4, "weights": [1]})
+    paper_20 = _as("objective", {"kind": "top", "temperature": 20, "weights": [0.6]})
+    arms = [
+        Arm("alone", "labels only", (only, _as("objective", {"kind": "alone"})), True),
+        Arm("top", "the top teacher, temperature 4, weight 1", (only, soft), True),
+        Arm("top-t20", "the top teacher, temperature 20, weight 0.6", (only, paper_20), True),
+        Arm("peers", f"the mean of {count} teachers that know every class",
+            (_as("pyramid", [alone] * count), _as("objective", {"kind": "composed"})), True),
+        Arm("top-long", f"one top teacher, trained {ratio:.1f} times as long",
+            (only, f"teachers.steps={long}", soft), True),
+        Arm("paper-plain", "the paper's objective without its ensemble loss",
+            (_as("objective", paper | {"ensemble": [0] * len(recipe.students)}),)),
+        Arm("paper", "the paper's objective", (_as("objective", paper),)),
+        Arm("composed", "the composed objective", (_as("objective", composed),)),
+    ]
+    out = _unsuitable(recipe, classes, ratio, count)
+    return [arm for arm in arms if arm.name not in out], out
+
+
+def _unsuitable(recipe: Recipe, classes: tuple[str, ...], ratio: float, count: int) -> dict[str, str]:
+    out = {}
+    if count < 2:
+        out["peers"] = f"the pyramid costs {ratio:.2f} times its top, which buys no second teacher"
+    if ratio < LONGER:
+        out["top-long"] = f"the pyramid costs {ratio:.2f} times its top, which buys no longer training"
+    pyramid = build_pyramid(recipe.pyramid, classes, recipe.seed)
+    overlap = [level for level in sorted({t.level for t in pyramid.teachers}) if not pyramid.partitions(level)]
+    if overlap:
+        out["composed"] = f"pyramid.{overlap[0]} overlaps or leaves a class out"
+    return out
+
+
+def own_arm(text: str) -> Arm:
+    """An arm of the user's, from "NAME=key=value key=value"; a change begins where a word reads key=. Raises UserError."""
+    name, _, changes = text.partition("=")
+    parts = [part for part in re.split(r"\s+(?=[A-Za-z_][\w.-]*=)", changes.strip()) if part]
+    try:
+        TypeAdapter(Name).validate_python(name)
+    except ValidationError:
+        raise UserError(f"--arm {text!r} names its arm {name!r}, which becomes a file name: use letters, digits, dots and "
+                        "dashes, as in --arm soft=\"objective.temperature=2\"") from None
+    if not parts or not all(re.match(r"[A-Za-z_][\w.-]*=", part) for part in parts):
+        raise UserError(f"--arm {text!r} holds no changes: write --arm {name}=\"key.sub=value key.sub=value\"")
+    return Arm(name, "own: " + " ".join(parts), tuple(parts))
+
+
+def choose(known: list[Arm], left_out: dict[str, str], own: list[Arm], wanted: list[str] | None) -> list[Arm]:
+    """The arms of a study; wanted: names, None for all; the user's own are always in. Raises UserError."""
+    names = [arm.name for arm in known]
+    for index, arm in enumerate(own):
+        if arm.name in (*names, *left_out, *(other.name for other in own[:index])):
+            raise UserError(f"--arm {arm.name} names an arm that there is already: give it another name")
+    for name in wanted or ():
+        if name in left_out:
+            raise UserError(f"arm {name} was asked for, but {left_out[name]}: leave it out of --arms")
+        if name not in (*names, *(arm.name for arm in own)):
+            every = [*names, *(arm.name for arm in own)]
+            raise UserError(f"arm {name} was asked for, but the arms are {', '.join(every)}{nearest(name, every)}")
+    return [arm for arm in known if wanted is None or arm.name in wanted] + own
+
+
+def refuse_unequal(base: Recipe, arm: Arm, recipe: Recipe) -> None:
+    """Raises UserError where an arm's students see or are something else, so that nothing could be compared."""
+    both = [{"data": r.data, "views": r.views, "distill": r.distill, "seed": r.seed, "channels_last": r.channels_last,
+             "students": [(student.name, student.model) for student in r.students]} for r in (base, recipe)]
+    for key in both[0]:
+        if both[0][key] != both[1][key]:
+            raise UserError(f"arm {arm.name} changes {key}, but the students of all arms must be alike and see the same: "
+                            "change the recipe for all of them, or make a study of its own")
+
+
+def fitting_shards(recipe: Recipe) -> tuple[str, ...]:
+    """A change that leaves teachers out of placement.shards which an arm does not have."""
+    names = teacher_names(recipe.pyramid)
+    kept = {name: ranks for name, ranks in recipe.placement.shards.items() if name in names}
+    return (_as("placement.shards", kept),) if kept != recipe.placement.shards else ()
+
+
+def _as(key: str, value) -> str:
+    return f"{key}={json.dumps(value)}"

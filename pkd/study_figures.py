@@ -1,0 +1,75 @@
+"""study.json: what the results of a study say together; pure."""
+
+import time
+
+import numpy as np
+
+from pkd.predictions import ENSEMBLE
+from pkd.statistics import crossed_bootstrap, mean_sd
+from pkd.study_results import right
+
+FIGURES = ("accuracy", "loss", "calibration_error", "validation_accuracy")
+YARDSTICK = "top"  # every arm is compared with it, and with the best control
+
+
+def aggregate(name: str, results: list[dict], order: list[str], seeds: list[int], pyramid_flops: float,
+              classes: int) -> dict:
+    """order: the study's arms, seeds: its seeds; other arms that have results come after them.
+
+    The best control is the one whose ensemble has the highest mean validation accuracy, among those with teachers that
+    have finished the most seeds.
+    """
+    by_arm: dict[str, dict[int, dict]] = {arm: {} for arm in order}
+    for result in results:
+        by_arm.setdefault(result["arm"], {})[result["seed"]] = result
+    arms = {arm: _arm(own) for arm, own in by_arm.items() if own}
+    best = _best_control(arms)
+    differences = [difference for arm in arms for against in dict.fromkeys(a for a in (YARDSTICK, best) if a in arms)
+                   if against != arm for difference in _differences(by_arm, arm, against, against == best)]
+    return {
+        "recipe": name, "written": time.time(), "classes": classes,
+        "test_images": results[0]["test_images"] if results else None,
+        "seeds": sorted({result["seed"] for result in results}),
+        "test_readings": sum(result["test_readings"] for result in results),
+        "complete": all(seed in by_arm[arm] for arm in order for seed in seeds),
+        "missing": [f"{arm}-seed-{seed}" for arm in order for seed in seeds if seed not in by_arm[arm]],
+        "world_sizes": sorted({result["world_size"] for result in results}), "pyramid_flops": pyramid_flops,
+        "arms": arms, "best_control": best, "differences": differences}
+
+
+def _arm(own: dict[int, dict]) -> dict:
+    """own: seed -> result."""
+    results = [own[seed] for seed in sorted(own)]
+    networks = {name: {**{key: list(mean_sd([result["networks"][name][key] for result in results])) for key in FIGURES},
+                       "parameters": facts["parameters"]} for name, facts in results[0]["networks"].items()}
+    teachers: dict[str, list[float]] = {}
+    for result in results:
+        for name, teacher in result["teachers"].items():
+            teachers.setdefault(name, []).append(teacher["accuracy"])
+    first = results[0]
+    return {"title": first["title"], "changes": first["changes"], "control": first["control"], "seeds": sorted(own),
+            "networks": networks, "teacher_flops": mean_sd([result["teacher_flops"] for result in results])[0],
+            "student_flops": first["student_flops"],
+            "teachers": {name: mean_sd(values)[0] for name, values in teachers.items()}}
+
+
+def _best_control(arms: dict[str, dict]) -> str | None:
+    controls = [arm for arm, own in arms.items() if own["control"] and own["teacher_flops"] > 0]
+    most = max((len(arms[arm]["seeds"]) for arm in controls), default=0)
+    return max((arm for arm in controls if len(arms[arm]["seeds"]) == most), default=None,
+               key=lambda arm: arms[arm]["networks"][ENSEMBLE]["validation_accuracy"][0])
+
+
+def _differences(by_arm: dict[str, dict[int, dict]], arm: str, against: str, best: bool) -> list[dict]:
+    """Of every network that both arms have, over the seeds that both have finished."""
+    seeds = sorted(set(by_arm[arm]) & set(by_arm[against]))
+    if not seeds:
+        return []
+    names = [name for name in by_arm[arm][seeds[0]]["networks"] if name in by_arm[against][seeds[0]]["networks"]]
+    out = []
+    for name in names:
+        one, other = (np.stack([right(by_arm[which][seed], name) for seed in seeds]) for which in (arm, against))
+        difference, low, high = crossed_bootstrap(one, other)
+        out.append({"arm": arm, "against": against, "network": name, "difference": difference, "interval": [low, high],
+                    "seeds": len(seeds), "decides": best and name == ENSEMBLE})
+    return out

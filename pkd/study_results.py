@@ -1,0 +1,89 @@
+"""results/<arm>-seed-<k>.json of a study: all that the comparison needs of one finished arm and seed."""
+
+import base64
+from pathlib import Path
+
+import numpy as np
+
+from pkd.arms import Arm, level_flops, student_flops
+from pkd.data import DataSet
+from pkd.errors import UserError
+from pkd.files import read_json
+from pkd.predictions import Predictions
+from pkd.recipe import Recipe
+from pkd.recipe_file import difference, digest, identity
+
+FIGURES = ("accuracy", "loss", "calibration_error", "validation_accuracy", "parameters")
+
+
+def result_path(folder: Path, arm: str, seed: int) -> Path:
+    return folder / "results" / f"{arm}-seed-{seed}.json"
+
+
+def make_result(run: Path, study: dict, arm: Arm, recipe: Recipe, data: DataSet, seconds: float) -> dict:
+    """Of an evaluated run. study: the identity of the study's recipe; seconds: that this start took for the arm."""
+    summary, said = read_json(run / "summary.json"), Predictions.read(run / "predictions")
+    view = (data.channels, data.size)
+    teachers, flops = {}, 0.0
+    for name, teacher in summary["teachers"].items():
+        teachers[name] = {"level": teacher["level"], "accuracy": teacher["accuracy"], "classes": len(teacher["classes"]),
+                          "parameters": teacher["parameters"]}
+        flops += level_flops(recipe, recipe.pyramid[teacher["level"]], (len(teacher["classes"]), *view))
+    networks = {**summary["students"], "ensemble": summary["ensemble"]}
+    asked = identity(recipe)
+    return {
+        "arm": arm.name, "title": arm.title, "control": arm.control, "changes": list(arm.changes), "seed": recipe.seed,
+        "recipe_identity": digest(asked), "recipe": asked, "study_identity": digest(study), "fingerprint": data.fingerprint,
+        "test_readings": summary["test_readings"], "test_images": summary["test_images"],
+        "world_size": summary["world_size"],
+        "networks": {name: {key: own[key] for key in FIGURES} for name, own in networks.items()},
+        "correct": {name: packed(right.numpy()) for name, right in zip(said.names, said.correct)},
+        "teachers": teachers, "teacher_flops": flops,
+        "student_flops": student_flops(recipe, (len(data.classes), *view), len(data.splits["train"])),
+        "seconds": {"distill": summary["wall_seconds"], "this_start": seconds},
+    }
+
+
+def read_results(folder: Path, study: dict, fingerprint: str) -> list[dict]:
+    """All results of a study, in the order of arms' names and seeds. Raises UserError where one is of another recipe or
+    other data.
+    """
+    out = []
+    for path in sorted((folder / "results").glob("*.json")):
+        found = read_json(path)
+        try:
+            mine, data = found["study_identity"], found["fingerprint"]
+            named = path == result_path(folder, found["arm"], found["seed"])
+            right(found, "ensemble")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is no result of a study ({error}): delete it or restore it") from None
+        if not named:
+            raise UserError(f"{path} holds the result of arm {found['arm']}, seed {found['seed']}: give it that name again")
+        if mine != digest(study):
+            raise UserError(f"{path} belongs to a study of another recipe than this one: give another --study-folder, undo "
+                            "the change, or delete what is in that folder")
+        if data != fingerprint:
+            raise UserError(f"{path} was measured on other images or another split than the data that are here: give "
+                            "another --study-folder, or restore the data")
+        out.append(found)
+    return out
+
+
+def refuse_other(folder: Path, result: dict, recipe: Recipe) -> None:
+    """Raises UserError where a result is not what `recipe`, an arm with its seed, asks for."""
+    asked = identity(recipe)
+    if result["recipe_identity"] != digest(asked):
+        path = result_path(folder, result["arm"], result["seed"])
+        raise UserError(f"{path} is of other settings: {difference(asked, result['recipe'])}; give another --study-folder, "
+                        "another name to the arm, or delete that file")
+
+
+def packed(right: np.ndarray) -> str:
+    """bool [images] as text."""
+    return base64.b64encode(np.packbits(right)).decode()
+
+
+def right(result: dict, network: str) -> np.ndarray:
+    """bool [test images]: where a network of a result was right."""
+    bits = np.frombuffer(base64.b64decode(result["correct"][network]), dtype=np.uint8)
+    return np.unpackbits(bits, count=result["test_images"]).astype(bool)

@@ -1,0 +1,68 @@
+"""study.json as a person reads it."""
+
+from rich.table import Table
+
+from pkd.predictions import ENSEMBLE
+
+
+def arms_table(study: dict) -> Table:
+    """Accuracy in % of every network, mean and standard deviation over seeds; calibration and loss of the ensemble."""
+    names = _networks(study)
+    out = Table(title=f"{study['recipe']}: accuracy in % on {study['test_images']} test images, mean ± sd over seeds")
+    for column in ("arm", "seeds", "teachers' cost", *names, "ECE %", "NLL"):
+        out.add_column(column, justify="left" if column == "arm" else "right")
+    for arm, own in study["arms"].items():
+        networks = own["networks"]
+        out.add_row(arm, str(len(own["seeds"])), f"{own['teacher_flops'] / study['pyramid_flops']:.2f}",
+                    *(_spread(networks[name]["accuracy"], 100, 1) if name in networks else "" for name in names),
+                    _spread(networks[ENSEMBLE]["calibration_error"], 100, 1), _spread(networks[ENSEMBLE]["loss"], 1, 3))
+    return out
+
+
+def differences_table(study: dict) -> Table:
+    """Of the ensembles with their intervals, of the students without; in points."""
+    names = [name for name in _networks(study) if name != ENSEMBLE]
+    out = Table(title="differences in points; of the ensemble with its 95 % interval")
+    for column in ("arm", "against", ENSEMBLE, "", *names, "seeds"):
+        out.add_column(column, justify="left" if column in ("arm", "against") else "right")
+    rows: dict[tuple[str, str], dict[str, dict]] = {}
+    for one in study["differences"]:
+        rows.setdefault((one["arm"], one["against"]), {})[one["network"]] = one
+    for (arm, against), own in rows.items():
+        whole = own[ENSEMBLE]
+        low, high = whole["interval"]
+        out.add_row(arm, against + (" (best control)" if whole["decides"] else ""), f"{100 * whole['difference']:+.1f}",
+                    f"{100 * low:+.1f} to {100 * high:+.1f}",
+                    *(f"{100 * own[name]['difference']:+.1f}" if name in own else "" for name in names),
+                    str(whole["seeds"]), style="bold" if low > 0 or high < 0 else None)
+    return out
+
+
+def remarks(study: dict) -> list[str]:
+    """What the tables do not say."""
+    out = [f"{arm}: {own['title']}" for arm, own in study["arms"].items()]
+    if study["best_control"]:
+        out.append(f"best control by validation: {study['best_control']}; what is against it decides")
+    counts = {one["seeds"] for one in study["differences"]}
+    if 1 in counts:
+        out.append("intervals of a single seed speak of test images only: another seed may differ by more")
+    if len(study["world_sizes"]) > 1:
+        out.append(f"arms ran on different numbers of ranks ({', '.join(map(str, study['world_sizes']))}), so that their "
+                   "students' batch statistics differ in more than the arm")
+    missing = study["missing"]
+    if missing:
+        out.append(f"not finished: {', '.join(missing[:4])}" + f" and {len(missing) - 4} more" * (len(missing) > 4))
+    out.append("teachers' cost is the arithmetic of their training, the pyramid's being 1; ECE (calibration error) and NLL "
+               "(loss) are the ensemble's")
+    return [*out, f"the test split was read {study['test_readings']} times in all"]
+
+
+def _networks(study: dict) -> list[str]:
+    """Every network of any arm, the ensemble last."""
+    every = dict.fromkeys(name for own in study["arms"].values() for name in own["networks"])
+    return [name for name in every if name != ENSEMBLE] + [ENSEMBLE] * (ENSEMBLE in every)
+
+
+def _spread(figure: list, scale: float, digits: int) -> str:
+    mean, sd = figure
+    return f"{scale * mean:.{digits}f}" + (f" ± {scale * sd:.{digits}f}" if sd is not None else "")

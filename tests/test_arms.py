@@ -1,0 +1,129 @@
+"""The arms of a study: what each trains and asks, at what cost."""
+
+import pytest
+
+from pkd.arms import built_in, choose, level_flops, own_arm, pyramid_flops, refuse_unequal, student_flops
+from pkd.cost import network_cost
+from pkd.errors import UserError
+from pkd.objective import asked, constants
+from pkd.pyramid import build_pyramid
+from pkd.recipe_file import load_recipe
+from pkd.study_teachers import folder_name, teacher_words
+
+SHAPE = (10, 1, (8, 8))
+CLASSES = tuple("0123456789")
+EQUAL = {"views", "data", "distill", "seed", "students"}
+
+
+def arms(*changes: str):
+    """Name -> arm, and name -> recipe, of the arms of digits with changes."""
+    known, out = built_in(load_recipe("digits", changes), SHAPE, CLASSES)
+    recipes = {arm.name: load_recipe("digits", [*changes, *arm.changes]) for arm in known}
+    return {arm.name: arm for arm in known}, recipes, out
+
+
+def cost_of(recipe) -> float:
+    pyramid = build_pyramid(recipe.pyramid, CLASSES, recipe.seed)
+    teachers = [pyramid.teachers[index] for index in asked(recipe.objective.kind, pyramid)]
+    return sum(level_flops(recipe, recipe.pyramid[t.level], (len(t.classes), *SHAPE[1:])) for t in teachers)
+
+
+@pytest.mark.parametrize("changes", [(), ("objective.kind=paper",), ("views.affine=null",),
+                                     ("pyramid.1.partition=confusion", "students.0.lr=0.3")])
+def test_students_views_and_data_are_equal_in_every_arm(changes):
+    _, recipes, out = arms(*changes)
+    base = load_recipe("digits", changes)
+    assert len(recipes) == 8 and not out
+    for recipe in recipes.values():
+        assert all(getattr(recipe, key) == getattr(base, key) for key in EQUAL)
+
+
+def test_every_arm_asks_what_its_name_says():
+    known, recipes, _ = arms()
+    said = {name: constants(recipe, len(recipe.pyramid)) for name, recipe in recipes.items()}
+    assert {name: own.kind for name, own in said.items()} == {
+        "alone": "alone", "top": "top", "top-t20": "top", "peers": "composed", "top-long": "top", "paper-plain": "paper",
+        "paper": "paper", "composed": "composed"}
+    assert (said["top"].temperature, said["top"].weights) == (4, (1,))
+    assert (said["top-t20"].temperature, said["top-t20"].weights) == (20, (0.6,))
+    assert said["paper-plain"].ensemble == (0, 0) and said["paper"].ensemble == (0.2, 0.8)
+    assert {name for name, arm in known.items() if arm.control} == {"alone", "top", "top-t20", "peers", "top-long"}
+
+
+def test_controls_cost_what_the_pyramid_costs():
+    _, recipes, _ = arms("pyramid.0.model=pkd_resnet_s", "pyramid.1.teachers=4")
+    whole = cost_of(recipes["composed"])
+    assert len(recipes["peers"].pyramid) == 5 and recipes["top-long"].teachers.steps > 2900
+    for name in ("peers", "top-long"):
+        assert cost_of(recipes[name]) == pytest.approx(whole, rel=0.02)
+    assert cost_of(recipes["alone"]) == 0 and cost_of(recipes["top"]) == pytest.approx(whole / 5, rel=0.02)
+
+
+def test_costs_are_three_forwards_a_sample_of_every_step():
+    recipe = load_recipe("digits")
+    one = network_cost(recipe.pyramid[0].model, *SHAPE).flops
+    whole, top = pyramid_flops(recipe, SHAPE)
+    assert top == 3 * 64 * 600 * one and whole > top
+    per_image = sum(network_cost(student.model, *SHAPE).flops for student in recipe.students)
+    assert student_flops(recipe, SHAPE, 1456) == 3 * per_image * 30 * 64 * 22
+
+
+def test_the_recipes_own_constants_are_those_of_its_kind():
+    _, recipes, _ = arms("objective={kind: composed, temperature: 2}")
+    assert recipes["composed"].objective.temperature == 2 and recipes["paper"].objective.temperature is None
+    _, recipes, _ = arms("objective={kind: paper, weights: [0.1, 0.2], ensemble: [0.5, 0.5]}")
+    assert recipes["paper"].objective.weights == (0.1, 0.2) == recipes["paper-plain"].objective.weights
+    assert recipes["paper-plain"].objective.ensemble == (0, 0)
+
+
+def test_arms_that_do_not_suit_the_pyramid_are_left_out_and_refused_when_asked_for():
+    known, _, out = arms("pyramid=[{teachers: 1, model: pkd_resnet_s}, {classes: [[0, 1, 2], [2, 3]], model: pkd_resnet_s}, "
+                         "{classes: [[0, 1], [2, 3]], model: pkd_resnet_s}]")
+    assert set(out) == {"composed"} and "pyramid.1 overlaps" in out["composed"]
+    with pytest.raises(UserError, match=r"composed was asked for, but pyramid\.1 overlaps"):
+        choose(list(known.values()), out, [], ["composed"])
+    _, _, out = arms("pyramid=[{teachers: 1, model: pkd_resnet_s}]")
+    assert set(out) == {"peers", "top-long"} and "costs 1.00 times its top" in out["peers"]
+
+
+def test_arms_share_teachers_and_archives_where_these_are_the_same():
+    def folders(*changes):
+        known, _, _ = arms(*changes)
+        out = {}
+        for name, arm in known.items():
+            words = ["digits", *changes, *arm.changes, "seed=3"]
+            shared = teacher_words(load_recipe(words[0], words[1:]), words)
+            out[name] = folder_name(load_recipe(shared[0], shared[1:]))
+        return out
+    online = folders()
+    assert online["paper"] == online["paper-plain"] == online["composed"] and online["top"] == online["top-t20"]
+    assert len({online[name] for name in ("top", "top-long", "peers", "paper")}) == 4
+    assert all(name.endswith("-seed-3") for name in online.values())
+    archived = folders("views.finite=2")
+    assert archived["paper"] == archived["paper-plain"] != archived["composed"], "who is asked about what differs"
+    assert archived["top"] == archived["top-t20"]
+    coarse = folders("views.finite=2", "archive.top_k=3")
+    assert coarse["top"] != coarse["top-t20"], "what is kept of a row depends on the temperature"
+
+
+def test_an_arm_of_ones_own_is_a_name_and_changes():
+    arm = own_arm("soft=objective={kind: composed, temperature: 2}  teachers.steps=9")
+    assert (arm.name, arm.changes) == ("soft", ("objective={kind: composed, temperature: 2}", "teachers.steps=9"))
+    assert not arm.control
+    for text, why in (("soft", "holds no changes"), ("soft=x", "holds no changes"), ("../up=seed=1", "file name")):
+        with pytest.raises(UserError, match=why):
+            own_arm(text)
+    known, out = built_in(load_recipe("digits"), SHAPE, CLASSES)
+    with pytest.raises(UserError, match="already"):
+        choose(known, out, [own_arm("top=seed=1")], None)
+    with pytest.raises(UserError, match="did you mean 'paper'"):
+        choose(known, out, [], ["papr"])
+    assert [own.name for own in choose(known, out, [arm], ["top"])] == ["top", "soft"]
+
+
+@pytest.mark.parametrize(("change", "key"), [("data.seed=1", "data"), ("seed=1", "seed"), ("distill.epochs=1", "distill"),
+                                             ("views={}", "views"), ("students.0.model.width=2", "students")])
+def test_an_arm_may_not_change_what_students_are_and_see(change, key):
+    arm = own_arm(f"mine={change}")
+    with pytest.raises(UserError, match=f"arm mine changes {key}"):
+        refuse_unequal(load_recipe("digits"), arm, load_recipe("digits", arm.changes))

@@ -1,0 +1,76 @@
+"""What is beyond chance: properties of the crossed bootstrap."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pkd.statistics import crossed_bootstrap, mean_sd
+
+SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 40))
+
+
+def answers(seed: int, shape: tuple[int, int], share: float) -> np.ndarray:
+    return np.random.default_rng(seed).random(shape) < share
+
+
+@given(st.integers(0, 2**32), SHAPES)
+def test_an_arm_does_not_differ_from_itself(seed, shape):
+    arm = answers(seed, shape, 0.7)
+    assert crossed_bootstrap(arm, arm, 200) == (0.0, 0.0, 0.0)
+
+
+@given(st.integers(0, 2**32), SHAPES)
+def test_the_difference_is_that_of_the_means_and_turns_with_the_arms(seed, shape):
+    one, other = answers(seed, shape, 0.8), answers(seed + 1, shape, 0.5)
+    mean, low, high = crossed_bootstrap(one, other, 400)
+    assert mean == pytest.approx(one.mean() - other.mean(), abs=1e-12) and -1 <= low <= high <= 1
+    assert crossed_bootstrap(one, other, 400) == (mean, low, high), "the same draws every time"
+    back, _, _ = crossed_bootstrap(other, one, 400)
+    assert back == pytest.approx(-mean, abs=1e-12)
+
+
+@given(st.integers(0, 2**32), st.integers(2, 6))
+@settings(max_examples=20)
+def test_seeds_that_all_say_the_same_leave_the_uncertainty_of_images_alone(seed, seeds):
+    one, other = answers(seed, (1, 300), 0.8), answers(seed + 1, (1, 300), 0.5)
+    alone = crossed_bootstrap(one, other, 4000)
+    together = crossed_bootstrap(one.repeat(seeds, 0), other.repeat(seeds, 0), 4000)
+    assert together == pytest.approx(alone, abs=0.02)
+    gap = one.astype(float) - other
+    width = 2 * 1.96 * gap.std() / np.sqrt(300)
+    assert alone[2] - alone[1] == pytest.approx(width, rel=0.15), "as the normal approximation has it"
+
+
+def test_where_only_seeds_differ_the_interval_is_that_of_the_seeds():
+    one = np.array([[True] * 50, [True] * 50, [False] * 50, [True] * 50])
+    mean, low, high = crossed_bootstrap(one, np.zeros_like(one), 4000)
+    assert (mean, low, high) == (0.75, pytest.approx(1 / 3), 1.0), "three of four seeds are drawn"
+
+
+def test_of_a_hundred_studies_about_as_many_as_promised_cover_the_truth():
+    """Image difficulty, seeds and noise all vary; 0.8 points (sd) between the differences of seeds, 4 points of effect."""
+    chance = np.random.default_rng(5)
+    covered, sure = 0, 0
+    for _ in range(100):
+        difficulty = chance.random(1500)
+        skill = 0.70 + chance.normal(0, 0.006, (2, 5, 1)) + np.array([0.04, 0])[:, None, None]
+        right = difficulty + chance.uniform(-0.1, 0.1, (2, 5, 1500)) < skill
+        _, low, high = crossed_bootstrap(right[0], right[1], 500)
+        covered += low <= 0.04 <= high
+        sure += low > 0
+    assert covered >= 92 and sure >= 90
+
+
+def test_five_seeds_of_ten_thousand_images_take_less_than_a_second():
+    one, other = answers(0, (5, 10_000), 0.8), answers(1, (5, 10_000), 0.7)
+    began = time.process_time()
+    crossed_bootstrap(one, other)
+    assert time.process_time() - began < 1
+
+
+def test_a_single_value_has_no_deviation():
+    assert mean_sd([0.5]) == (0.5, None)
+    assert mean_sd([0.4, 0.6]) == (0.5, pytest.approx(0.1 * 2**0.5))

@@ -1,0 +1,201 @@
+"""`pkd study`: arms by seeds, each once, going on where the study stands; what its results say together."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import Ranks, refused, run, teachers, wait_for_step
+
+from pkd.cli import parse
+from pkd.console import Console
+from pkd.errors import UserError
+from pkd.lock import Lock
+from pkd.study import Study, seeds
+from pkd.study_figures import aggregate
+from pkd.study_results import packed, right
+from pkd.study_table import arms_table, differences_table, remarks
+
+IMAGES = 400
+
+
+def made_up(arm: str, seed: int, accuracy: float, validation: float, control: bool = False, cost: float = 1.0) -> dict:
+    """A result as `pkd study` writes it, of one student."""
+    correct = np.random.default_rng(seed).random(IMAGES) < accuracy
+    figures = {"accuracy": correct.mean(), "loss": 0.5, "calibration_error": 0.1, "validation_accuracy": validation,
+               "parameters": 7}
+    return {"arm": arm, "title": arm, "control": control, "changes": [], "seed": seed, "test_readings": 1,
+            "test_images": IMAGES, "world_size": 1, "networks": {"mobile": figures, "ensemble": figures},
+            "correct": {"mobile": packed(correct), "ensemble": packed(correct)}, "student_flops": 5.0,
+            "teachers": {"level0": {"accuracy": accuracy}} if cost else {}, "teacher_flops": cost}
+
+
+def figures_of(results: list[dict], arms: list[str], wanted: tuple[int, ...] = (0, 1)) -> dict:
+    return json.loads(json.dumps(aggregate("made-up", results, arms, list(wanted), 2.0, 10), allow_nan=False))
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=70))
+def test_what_was_right_survives_as_text(bits):
+    result = {"test_images": len(bits), "correct": {"ensemble": packed(np.array(bits))}}
+    assert right(result, "ensemble").tolist() == bits
+
+
+def test_the_best_control_is_chosen_by_validation_among_those_with_teachers():
+    arms = {"alone": (0.99, 0.99, True, 0), "top": (0.9, 0.7, True, 1), "peers": (0.6, 0.8, True, 2),
+            "composed": (0.95, 0.95, False, 2)}
+    found = figures_of([made_up(arm, seed, *own) for arm, own in arms.items() for seed in (0, 1)], list(arms))
+    assert found["best_control"] == "peers" and found["complete"] and found["missing"] == []
+    deciding = [one for one in found["differences"] if one["decides"]]
+    assert {one["arm"] for one in deciding} == {"alone", "top", "composed"}
+    assert all(one["against"] == "peers" and one["network"] == "ensemble" for one in deciding)
+    against = {(one["arm"], one["against"]) for one in found["differences"]}
+    assert against == {(arm, other) for arm in arms for other in ("top", "peers") if arm != other}
+    mean, sd = found["arms"]["composed"]["networks"]["ensemble"]["accuracy"]
+    assert mean == pytest.approx(0.95, abs=0.03) and sd > 0
+    gap = next(one for one in deciding if one["arm"] == "composed")
+    assert gap["interval"][0] > 0.2 and gap["interval"][0] <= gap["difference"] <= gap["interval"][1] and gap["seeds"] == 2
+    assert found["test_readings"] == 8 and found["arms"]["composed"]["teachers"] == {"level0": 0.95}
+
+
+def test_an_unfinished_study_compares_the_seeds_that_both_arms_have():
+    results = [made_up("top", 0, 0.8, 0.8, True), made_up("peers", 0, 0.8, 0.9, True), made_up("top", 1, 0.8, 0.8, True)]
+    found = figures_of(results, ["top", "peers", "composed"])
+    assert not found["complete"] and found["missing"] == ["peers-seed-1", "composed-seed-0", "composed-seed-1"]
+    assert found["best_control"] == "top", "a control that lacks a seed is not chosen yet"
+    assert [(one["arm"], one["seeds"], one["difference"]) for one in found["differences"]] == [("peers", 1, 0)] * 2
+    assert found["arms"]["peers"]["networks"]["mobile"]["accuracy"][1] is None
+    said = "\n".join(remarks(found))
+    assert "single seed" in said and "composed-seed-1" in said and "read 3 times" in said
+    assert arms_table(found).row_count == 2 and differences_table(found).row_count == 1
+
+
+def test_nothing_finished_yet_is_no_error():
+    found = figures_of([], ["top"])
+    assert found["best_control"] is None and found["arms"] == {} and not found["complete"]
+
+
+def test_seeds_are_so_many_or_these():
+    assert seeds("3", 5) == [5, 6, 7] and seeds("0,1,5", 9) == [0, 1, 5] and seeds("4,", 0) == [4]
+    for text in ("", "x", "0,0", "0", "-1", ",", "1,,2"):
+        with pytest.raises(UserError, match="--seeds is"):
+            seeds(text, 0)
+
+
+def words(tiny: Path, folder: Path) -> tuple:
+    return ("study", tiny, "views.finite=2", "distill.epochs=8", "--arms", "alone,top", "--seeds", "0,1",
+            "--study-folder", folder)
+
+
+def refusal(*arguments) -> str:
+    """The sentence with which `pkd study` refuses; without the seconds of a process of its own."""
+    with pytest.raises(UserError) as error:
+        Study(parse(list(map(str, arguments))), Console(quiet=True))
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def studied(tiny, taught, tmp_path_factory) -> tuple[Path, str, str]:
+    """A study that a signal stopped and a second start finished, its folder already having the teachers of one seed; what
+    the two starts said.
+    """
+    folder = tmp_path_factory.mktemp("study")
+    shutil.copytree(taught, folder / "teachers" / "given-seed-0")
+    process = Ranks(1, *words(tiny, folder))
+    wait_for_step(folder / "runs" / "alone-seed-0", 3)
+    process.processes[0].send_signal(signal.SIGTERM)
+    stopped = process.wait()[0]
+    assert stopped.code == 0 and not list(folder.glob("results/*")), stopped
+    return folder, stopped.out, run(1, *words(tiny, folder), timeout=500)[0].out
+
+
+def test_a_signal_stops_a_study_and_a_second_start_finishes_it(studied):
+    folder, first, second = studied
+    assert "the same command goes on" in first and "resuming from" in second
+    found = json.loads((folder / "study.json").read_text())
+    assert found["complete"] and found["test_readings"] == 4 and found["best_control"] == "top"
+    assert {path.name for path in folder.glob("results/*")} == {
+        f"{arm}-seed-{seed}.json" for arm in ("alone", "top") for seed in (0, 1)}
+    assert set(found["arms"]["top"]["networks"]) == {"mobile", "shuffle", "ensemble"}
+    assert found["arms"]["alone"]["teacher_flops"] == 0 < found["arms"]["top"]["teacher_flops"] < found["pyramid_flops"]
+    assert "best control by validation: top" in second and "read 4 times" in second
+
+
+def test_results_are_those_of_the_runs(studied):
+    folder = studied[0]
+    result = json.loads((folder / "results" / "top-seed-1.json").read_text())
+    summary = json.loads((folder / "runs" / "top-seed-1" / "summary.json").read_text())
+    for name, own in {**summary["students"], "ensemble": summary["ensemble"]}.items():
+        assert result["networks"][name] == own and right(result, name).mean() == own["accuracy"]
+    assert result["test_images"] == summary["test_images"] and list(result["teachers"]) == ["level0"]
+    assert result["recipe"]["seed"] == 1 and len(json.dumps(result)) < 10_000
+
+
+def test_teachers_and_archives_are_shared_and_copied_rather_than_made_again(studied, taught):
+    folder, _, second = studied
+    assert "teachers of another folder of the study are used: level0" in second
+    own = {path.name.rpartition("-seed-")[2]: path for path in folder.glob("teachers/*") if "given" not in path.name}
+    assert set(own) == {"0", "1"}, "a pyramid for each seed"
+    assert teachers(own["0"])["level0.safetensors"] == teachers(taught)["level0.safetensors"]
+    assert teachers(own["1"])["level0.safetensors"] != teachers(taught)["level0.safetensors"]
+    for seed, path in own.items():
+        students = json.loads((folder / "runs" / f"top-seed-{seed}" / "students" / "students.json").read_text())
+        assert students["soft_targets"]["folder"] == str(path / "soft-targets")
+        assert not (folder / "runs" / f"top-seed-{seed}" / "teachers").exists()
+
+
+def test_what_has_its_result_is_not_run_again_though_its_runs_are_gone(studied, tiny, tmp_path):
+    shutil.copytree(studied[0] / "results", tmp_path / "results")
+    ended = run(1, *words(tiny, tmp_path), "--json")[0]
+    found = json.loads(ended.out)
+    assert found == json.loads((tmp_path / "study.json").read_text()) and found["complete"]
+    assert found["arms"] == json.loads((studied[0] / "study.json").read_text())["arms"]
+    assert {path.name for path in tmp_path.iterdir()} == {"results", "study.json"}, "nothing was started"
+
+
+def test_results_of_other_settings_are_refused(studied, tiny, tmp_path):
+    shutil.copytree(studied[0] / "results", tmp_path / "results")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    assert "study of another recipe" in refusal(*words(tiny, tmp_path), "distill.epochs=9")
+    (tmp_path / "results" / "alone-seed-0.json").rename(tmp_path / "results" / "mine-seed-0.json")
+    assert "give it that name again" in refusal(*words(tiny, tmp_path))
+    path = tmp_path / "results" / "mine-seed-0.json"
+    path.write_text(path.read_text().replace('"arm": "alone"', '"arm": "mine"'))
+    said = refusal(*words(tiny, tmp_path), "--arm", "mine=objective.kind=alone students.0.lr=0.5")
+    assert "mine-seed-0.json is of other settings" in said and "in the recipe and" in said
+    path.write_text("{}")
+    assert "no result of a study" in refusal(*words(tiny, tmp_path))
+    path.unlink()
+    assert all(path.read_bytes() == content for path, content in before.items() if path.exists())
+
+
+def test_mistakes_end_a_study_before_anything_is_started(tiny, taught, tmp_path):
+    folder = tmp_path / "study"
+    mine = ("study", tiny, "--study-folder", folder)
+    assert "pyramid of its own" in refused(1, *mine, f"teachers_from={taught}")
+    assert "did you mean 'paper'" in refusal(*mine, "--arms", "papr")
+    assert "arm mine changes distill" in refusal(*mine, "--arm", "mine=distill.epochs=1")
+    assert "--on here runs one process" in refusal(*mine, "--ranks-per-node", 2)
+    assert "you asked for 9" in refusal(*mine, "--on", "torchrun", "--ranks-per-node", 9)
+    assert "names a seed twice" in refusal(*mine, "--seeds", "1,1")
+    assert not folder.exists()
+    lock = Lock(folder / "locks" / "seed-0", "study")
+    assert "seed 0 of study" in refused(1, *mine, "--arms", "alone")
+    lock.release()
+    assert not (folder / "runs").exists()
+
+
+def test_a_study_on_slurm_is_an_array_over_seeds_and_a_table(tiny, tmp_path):
+    said = run(1, "study", tiny, "distill.epochs=1", "--arm", "soft=objective.temperature=2", "--arms", "top,soft",
+               "--seeds", "2", "--study-folder", tmp_path, "--on", "slurm", "--nodes", 2, "--ranks-per-node", 2,
+               "--sbatch=--partition=gpu", "--dry-run")[0].out
+    seeds, table = said.splitlines()
+    assert "--array=0-1" in seeds and "--nodes=2 --ntasks-per-node=2" in seeds and "--seeds 0,1," in seeds
+    assert " study " in seeds and "--arms top,soft" in seeds and "--arm soft=objective.temperature=2" in seeds
+    assert "afterok:<id of study>" in table and "--nodes=1" in table and "--partition=gpu" in table
+    said = run(1, "study", tiny, "--arms", "alone", "--seeds", "4,6", "--study-folder", tmp_path, "--on", "srun",
+               "--dry-run", env=lambda rank: {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_NTASKS": "2"})[0].out
+    assert "seed=6" in said and "seed=4" not in said and "srun" in said and "placement.kind=co-located" in said
