@@ -93,6 +93,9 @@ def worker(rank, port, path):
         again = {"state": [engine.network_state(i) for i in range(3)], "taken": engine.steps_taken()}
         found[before, after] = {"again": again, "on": steps(engine, STEPS, 2 * STEPS, rank)}
         left(engine)
+    engine = made("autocast", "zero1-autocast")  # the last one: DeepSpeed remembers autocast for the whole process
+    found["zero1-autocast"] = {"losses": steps(engine, 0, STEPS, rank), **everything(engine)}
+    left(engine)
     if rank == 0:
         with open(path, "wb") as file:
             torch.save(found, file)
@@ -129,6 +132,16 @@ def test_bf16_keeps_fp32_masters_that_move_as_in_fp32(found, stage):
         assert any((value != value.bfloat16().float()).any() for value in own.values()), "masters are rounded"
         distance = sum((own[k] - other[k]).square().sum() for k in own).sqrt()
         assert distance < 0.05 * sum(v.square().sum() for v in other.values()).sqrt()
+
+
+def test_autocast_keeps_fp32_weights_that_move_about_as_in_fp32(found):
+    """Losses differ by what bf16 rounds."""
+    cast, exact = found["zero1-autocast"], found["zero1"]
+    assert cast["losses"] != exact["losses"]
+    for own, other in zip(cast["losses"], exact["losses"]):
+        assert own == pytest.approx(other, rel=0.05)
+    values = [value for own in cast["state"] for key, value in own.items() if key.startswith("weights/")]
+    assert any((value != value.bfloat16().float()).any() for value in values), "weights are rounded"
 
 
 def test_the_averaged_weights_are_what_is_evaluated(found):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from workloads import work_of
 
-from pkd.ds_config import load_ds_config, precision, stage
+from pkd.ds_config import arithmetic, check_compiler, load_ds_config, precision, stage
 from pkd.errors import UserError
 from pkd.objective import asked, constants
 from pkd.placement import place
@@ -162,8 +162,8 @@ IDENTITY = (
     "students.0.optimizer=adamw", "students.1.momentum=0.5", "students.1.ema=0.9", "students.0.label_smoothing=0.1",
     "teachers.steps=10", "teachers.batch=8", "teachers.evaluate_every=1", "teachers.forward=bf16", "teachers.clip=1",
     "objective.kind=top", "objective.temperature=3", "objective.weights=[1, 1]", "objective.ensemble=[0, 1]",
-    "objective.routes=all", "distill.epochs=1", "distill.batch=8", "distill.sync_batch_norm=true",
-    "deepspeed.students=zero1-bf16", "deepspeed.teachers=zero1-fp16",
+    "objective.routes=all", "distill.epochs=1", "distill.batch=8", "distill.sync_batch_norm=true", "distill.compile=true",
+    "deepspeed.students=zero1-bf16", "deepspeed.students=zero1-autocast", "deepspeed.teachers=zero1-fp16",
 )
 
 
@@ -200,7 +200,9 @@ def test_every_shipped_deepspeed_configuration_is_what_its_name_says(path):
     config = load_ds_config(path.stem)
     assert config == load_ds_config(str(path))
     name = path.stem.removeprefix("teacher-").removesuffix("-offload")
-    assert stage(config) == int(name[4]) and precision(config) == (name.partition("-")[2] or "fp32")
+    kind = name.partition("-")[2] or "fp32"
+    assert stage(config) == int(name[4])
+    assert (precision(config), arithmetic(config)) == (("fp32", "bf16 autocast") if kind == "autocast" else (kind, kind))
     assert ("offload_param" in config["zero_optimization"]) == path.stem.endswith("-offload")
 
 
@@ -211,6 +213,8 @@ def test_every_shipped_deepspeed_configuration_is_what_its_name_says(path):
     ('{"fp16": {"enabled": true}, "bf16": {"enabled": true}, "zero_optimization": {"stage": 1}}', ["bf16 and fp16"]),
     ('{"zero_optimization": {"stage": 4}}', ["stage", "found 4"]), ('{"zero_optimization": []}', ["zero_optimization"]),
     ('{"optimizer": {"type": "Adam"}}', ["sets optimizer"]), ('{"train_batch_size": 4}', ["sets train_batch_size"]),
+    ('{"torch_autocast": {"enabled": true, "dtype": "float16"}}', ["torch_autocast", "'float16'", "bfloat16"]),
+    ('{"bf16": {"enabled": true}, "torch_autocast": {"enabled": true}}', ["bf16 and torch_autocast"]),
     ('{"bf16": true}', ["bf16 must be an object"]), ("[]", ["JSON object"]), ("{", ["read as JSON"]),
     ('{"steps_per_print": ' + "9" * 5000 + "}", ["read as JSON"]), ("[" * 200000, ["read as JSON"]),
 ], ids=lambda value: value[:40] if isinstance(value, str) else None)
@@ -219,6 +223,14 @@ def test_a_deepspeed_configuration_that_pkd_cannot_keep_is_refused(tmp_path, tex
     path.write_text(text, encoding="utf-8")
     message = refusal(lambda: load_ds_config(str(path)))
     assert message is not None and all(word in message for word in words)
+
+
+def test_compiling_is_refused_where_there_is_no_compiler(monkeypatch):
+    check_compiler(False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    message = refusal(lambda: check_compiler(True))
+    assert "distill.compile is true" in message and "g++" in message
 
 
 def test_a_deepspeed_configuration_that_is_not_there_names_the_nearest():

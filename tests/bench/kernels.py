@@ -2,8 +2,8 @@
 
 python tests/bench/kernels.py [--rounds 9] [--rows 32] [--classes 100] [--size 32] [--compile]
 
-One process, one thread on a CPU, or the GPU where there is one. In each round every variant takes its turn, so a ratio
-compares steps that lie side by side. Writes RESULTS-kernels-<device>.md beside itself.
+One process, one thread on a CPU (whose seconds at work count), or the GPU where there is one. In each round every variant
+takes its turn, so a ratio compares steps that lie side by side. Writes RESULTS-kernels-<device>.md beside itself.
 """
 
 import argparse
@@ -68,9 +68,11 @@ class Step:
 
 
 def now(device: torch.device) -> float:
+    """Seconds: on a CPU those that this process computed, which others on the machine hardly change."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+        return time.perf_counter()
+    return time.process_time()
 
 
 class Loss:
