@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,26 +64,36 @@ def tensorboard_run(folder: Path) -> tuple[dict[int, dict], dict]:
 def wandb_run(folder: Path) -> tuple[dict[int, dict], dict]:
     """The same of the offline records of Weights & Biases: every start's file is of the one run."""
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     found: dict[int, dict] = {}
     configuration: dict = {}
     files = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len({file.name for file in files}) == 1 < len(files)
     for file in files:
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
-            record = Record()
-            record.ParseFromString(data)
+        for data in records(file.read_bytes()):
+            record = Record.FromString(data)
             row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
             if row:
-                step = row["_step"]
-                assert step not in found
-                found[step] = {name: value for name, value in row.items() if not name.startswith("_")}
+                assert row["_step"] not in found
+                found[row["_step"]] = {name: value for name, value in row.items() if not name.startswith("_")}
             for item in [*record.run.config.update, *record.config.update]:
                 configuration[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
     return found, configuration
+
+
+def records(content: bytes, block: int = 2**15) -> Iterator[bytes]:
+    """Of a log in LevelDB's format (blocks of chunks: checksum, length, and whether whole, first, middle or last)."""
+    at, whole = 7, b""
+    while at + 7 <= len(content):
+        if block - at % block < 7:  # too little for a chunk's head
+            at += block - at % block
+            continue
+        length, part = int.from_bytes(content[at + 4:at + 6], "little"), content[at + 6]
+        whole += content[at + 7:at + 7 + length]
+        at += 7 + length
+        if part in (1, 4):
+            yield whole
+            whole = b""
 
 
 def mlflow_run(folder: Path) -> tuple[dict[int, dict], dict]:
