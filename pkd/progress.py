@@ -1,6 +1,7 @@
 """Where a distillation stands: position, sums, schedules, best weights; how it is saved, shown and taken up again."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -113,8 +114,7 @@ class Progress:
 
     def close(self) -> None:
         """Before this process leaves, whether at the end or stopped by a signal."""
-        if self.tracker:
-            self.tracker.close()
+        self._with_tracker(Tracker.close)
 
     def finish(self) -> None:
         """Write the students: the best weights of each by validation."""
@@ -178,11 +178,14 @@ class Progress:
         }
 
     def _track(self, line: dict) -> None:
+        self._with_tracker(lambda tracker: tracker.log(line))
+
+    def _with_tracker(self, act: Callable[[Tracker], None]) -> None:
         """A tracker that fails is given up: training is worth more, and the next start gives it what it lacks."""
         if self.tracker is None:
             return
         try:
-            self.tracker.log(line)
+            act(self.tracker)
         except Exception as error:  # whatever the package says
             self.job.console.say(f"tracker {self.recipe.tracker} failed ({type(error).__name__}: {error}): the run goes on "
                                  "without it, metrics.jsonl has every figure")
