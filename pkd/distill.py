@@ -97,9 +97,11 @@ class Distillation:
             if stopped or setup.cut_short(progress.epoch):
                 progress.save("saving")
             if stopped:
+                progress.close()
                 return "stopped"
             self.end_epoch()
         progress.finish()
+        progress.close()
         return "finished"
 
     def train_epoch(self, epoch: int, first: int, last: int) -> bool:

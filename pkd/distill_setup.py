@@ -31,6 +31,7 @@ from pkd.student_groups import Grouping
 from pkd.targets import Unpacker
 from pkd.teacher import TeacherHost, in_dtype
 from pkd.timings import estimated, workload
+from pkd.tracker import check_tracker
 from pkd.views import Views
 from pkd.wire import choose
 
@@ -51,6 +52,7 @@ class Setup:
             raise UserError(f"distill.batch is {recipe.distill.batch}, but there are only {len(self.schedule.samples)} "
                             "training images: lower it")
         self.epochs = recipe.distill.epochs if steps is None else self._epochs_of(steps)
+        world.first("tracker", lambda: check_tracker(recipe.tracker))
         self.constants = constants(recipe, job.pyramid.levels)
         self.asked = asked(recipe.objective.kind, job.pyramid)
         self.formats = row_formats(recipe.archive, job.pyramid, self.asked, self.constants)

@@ -1,6 +1,7 @@
 """Where a distillation stands: position, sums, schedules, best weights; how it is saved, shown and taken up again."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,11 +10,12 @@ import torch.distributed as dist
 from pkd import checkpoint
 from pkd.distill_setup import Setup
 from pkd.engine import Engine
-from pkd.files import append_line, write_json
+from pkd.files import append_line, read_lines, write_json
 from pkd.metrics import Sums, drop_lines_after
 from pkd.network_file import write_network
 from pkd.rates import Rates
 from pkd.tensor_file import read_tensors
+from pkd.tracker import Tracker
 from pkd.validate import Scores
 
 
@@ -30,6 +32,7 @@ class Progress:
         self.best_weights: dict[str, dict[str, torch.Tensor]] = {}  # of the group's students, on its first rank only
         self.memory: dict[str, int] = {}
         self.saved = time.monotonic()
+        self.tracker: Tracker | None = None
         self._new_sums()
 
     @property
@@ -80,6 +83,10 @@ class Progress:
         if self.writer:
             drop_lines_after(self.job.run.metrics, self.total_step if self.step == 0 else self.total_step - 1)
             drop_lines_after(self.job.run.steps, self.total_step - 1)
+            if self.recipe.tracker:
+                self.tracker = Tracker(self.recipe.tracker, self.job.run.path, self.recipe)
+                for line in read_lines(self.job.run.metrics):  # what it lacks, if it was not asked for from the beginning
+                    self._track(line)
 
     def end_epoch(self, scores: Scores) -> None:
         """After validation: schedules, best weights, one line of metrics, a checkpoint."""
@@ -97,11 +104,17 @@ class Progress:
         if self.writer:
             line = self._line(scores, terms)
             append_line(self.job.run.metrics, line)
+            if not cut_short:  # that epoch's line is another once the run goes on, and a tracker's cannot be taken back
+                self._track(line)
             self._say(line)
         self.epoch, self.step = self.epoch + 1, 0
         self._new_sums()
         if not cut_short:  # else the checkpoint stays at the step where --steps ended, to be gone on from
             self.save("saving")
+
+    def close(self) -> None:
+        """Before this process leaves, whether at the end or stopped by a signal."""
+        self._with_tracker(Tracker.close)
 
     def finish(self) -> None:
         """Write the students: the best weights of each by validation."""
@@ -163,6 +176,20 @@ class Progress:
             "steady_images_per_second": sums.steady_steps * batch / max(sums.steady_seconds, 1e-9),
             "wait_seconds": sums.wait, "peak_memory_bytes": self.memory,
         }
+
+    def _track(self, line: dict) -> None:
+        self._with_tracker(lambda tracker: tracker.log(line))
+
+    def _with_tracker(self, act: Callable[[Tracker], None]) -> None:
+        """A tracker that fails is given up: training is worth more, and the next start gives it what it lacks."""
+        if self.tracker is None:
+            return
+        try:
+            act(self.tracker)
+        except Exception as error:  # whatever the package says
+            self.job.console.say(f"tracker {self.recipe.tracker} failed ({type(error).__name__}: {error}): the run goes on "
+                                 "without it, metrics.jsonl has every figure")
+            self.tracker = None
 
     def _say(self, line: dict) -> None:
         """One plain line an epoch; the terminal's moving line is not in its way."""

@@ -210,7 +210,7 @@ class Timeouts(Section):
 class Recipe(Section):
     FREE: ClassVar = ("name", "placement", "deepspeed", "window", "answer_steps", "ballot_every", "exchange",
                       "teacher_views", "timeouts", "threads", "trace", "checkpoint_minutes", "compare_views",
-                      "teachers_from", "soft_targets")
+                      "teachers_from", "soft_targets", "tracker")
     name: Name
     seed: Seed = 0
     data: Data
@@ -240,6 +240,8 @@ class Recipe(Section):
     soft_targets: Literal["online", "archive", "auto"] = "online"  # asked of teachers, or read from what pkd archive wrote
     threads: Whole = 1  # of each process on a CPU; another number changes the last bits of the losses
     trace: bool = False  # write every step's losses to steps.jsonl; costs a reduction a step
+    # Write each whole epoch's figures there as well, inside the run folder; its package must be installed; wandb is offline.
+    tracker: Literal["tensorboard", "wandb", "mlflow"] | None = None
     checkpoint_minutes: Positive = 10.0
     compare_views: bool = True  # teacher and student ranks compare hashes of their views at each epoch's start
 

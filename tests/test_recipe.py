@@ -151,6 +151,7 @@ FREE = (
     "timeouts.step=1", "timeouts.group=1", "threads=4", "trace=true", "checkpoint_minutes=1", "compare_views=false",
     "teachers_from=runs/other", "data.download=true", "exchange=direct", "teacher_views=sent", "soft_targets=auto",
     "deepspeed.shards=teacher-zero3-offload", "placement.shards={level0: 2}", "placement.student_groups=2",
+    "tracker=wandb",
 )
 IDENTITY = (
     "seed=1", "data.name=cifar10", "data.seed=1", "data.validation=0.2", "data.test=0.2",
