@@ -84,8 +84,8 @@ def _training(recipe: Recipe, summary: dict) -> list[str]:
 
 def _figures(summary: dict) -> list[str]:
     rows = [*summary["students"].items(), ("ensemble (mean of logits)", summary["ensemble"])]
-    lines = [f"One run, seed {summary['seed']}, on {summary['test_images']} test images, which had been read "
-             f"{summary['test_readings']} time(s); weights and everything else were chosen by validation.", ""]
+    lines = [f"One run, seed {summary['seed']}, on {summary['test_images']} test images, read "
+             f"{summary['test_readings']} time(s) so far; the weights that were kept are the best by validation.", ""]
     if not summary["complete"]:
         lines = ["**A smoke run: training or evaluation was cut short.**", "", *lines]
     return [*lines, "| | accuracy % | cross-entropy | calibration error | validation accuracy % | parameters |",
