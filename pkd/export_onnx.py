@@ -99,6 +99,7 @@ def _metadata(students: list[tuple[Network, dict]]) -> dict[str, str]:
 
 
 def _file(whole: nn.Module, facts: dict, metadata: dict[str, str]) -> bytes:
+    # By torch's dynamo exporter: the tracing one takes a tenth of the time, but cannot resize with antialiasing.
     example = torch.zeros(2, facts["channels"], *facts["view_size"], dtype=torch.uint8)
     said = io.StringIO()
     try:
