@@ -41,9 +41,9 @@ def exports(evaluated) -> dict[str, Path]:
     paths = {"run": evaluated}
     for form in ("safetensors", "onnx", "hub"):
         paths[form], paths[f"{form}-shuffle"] = (evaluated.parent / name for name in (form, f"{form}-shuffle"))
-        said = run(1, "export", evaluated, "--to", paths[form], "--format", form)[0].out
+        said = run(1, "export", evaluated, "--to", paths[form], "--format", form, timeout=240)[0].out
         assert "2 student(s)" in said and (form != "onnx" or ("on 41 images" in said and "random" not in said)), said
-        run(1, "export", evaluated, "--to", paths[f"{form}-shuffle"], "--format", form, "--student", "shuffle")
+        run(1, "export", evaluated, "--to", paths[f"{form}-shuffle"], "--format", form, "--student", "shuffle", timeout=240)
     return paths
 
 
