@@ -163,7 +163,7 @@ def test_what_is_no_export_is_refused_unread(exports, pictures, tmp_path):
     assert "neither a run folder" in refused(1, "predict", pictures, image)
     assert "does not exist" in refused(1, "predict", tmp_path / "nothing", image)
     assert "one network of mobile, shuffle" in refused(1, "predict", exports["onnx"], image, "--student", "shuffle")
-    (tmp_path / "trap.onnx").write_bytes(pickle.dumps(Image))
+    (tmp_path / "trap.onnx").write_bytes(pickle.dumps({}))
     assert "cannot be read as ONNX" in refused(1, "predict", tmp_path / "trap.onnx", image)
     (tmp_path / "ensemble.json").write_text(json.dumps({"students": ["../run"]}))
     assert "of its own folder" in refused(1, "predict", tmp_path, image)
