@@ -21,13 +21,18 @@ COMMANDS = {
     "archive": "write the teachers' soft targets down, where views repeat",
     "distill": "train the students from the teachers",
     "evaluate": "read the test split and write summary.json",
-    "export": "write students as safetensors and JSON",
-    "predict": "classify image files",
+    "export": "write students for use elsewhere: safetensors and JSON, ONNX, or a folder for the Hugging Face hub",
+    "predict": "classify image files by a run or an export",
     "launch": "run or submit the phases in order, going on where the run stands",
     "status": "tell where a run stands",
     "study": "compare the recipe with its controls, arms by seeds, in one table; goes on where the study stands",
     "bench": "measure what the teachers cost on this machine",
     "fetch": "bring the data and the pretrained weights of a recipe, where there is a network",
+}
+FORMATS = {
+    "safetensors": "weights that load into plain torchvision, and a JSON each (the default)",
+    "onnx": "one ONNX file, preprocessing and the mean over students within",
+    "hub": "a folder in the layout of the Hugging Face hub, with a model card",
 }
 ON_EVERY_RANK = ("teach", "archive", "distill")
 WITH_RECIPE = ("plan", "teach", "archive", "distill", "launch", "study", "bench", "fetch")
@@ -41,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
         if name in WITH_RECIPE:
             own.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with pkd")
         else:
-            own.add_argument("run", type=Path, help="the run folder")
+            own.add_argument("run", type=Path, help="the run folder" if name != "predict" else
+                             "a run folder, or what pkd export wrote")
         if name in (*WITH_RECIPE, "evaluate"):
             own.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
         if name in (*ON_EVERY_RANK, "launch"):
@@ -64,9 +70,13 @@ def parser() -> argparse.ArgumentParser:
         if name in ("export", "predict"):
             own.add_argument("--student", metavar="NAME", help="this one instead of the ensemble")
         if name == "export":
-            own.add_argument("--to", type=Path, required=True, help="a new folder")
+            own.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder")
+            own.add_argument("--format", choices=tuple(FORMATS), default="safetensors", metavar="FORMAT",
+                             help="; ".join(f"{form}: {text}" for form, text in FORMATS.items()))
         if name == "predict":
-            own.add_argument("images", nargs="+", type=Path)
+            own.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="an image file, or a folder with images")
+            own.add_argument("--top", type=_positive, default=5, metavar="K", help="so many classes an image (default: 5)")
+            own.add_argument("--csv", type=Path, metavar="FILE", help="write them into this new file instead")
         if name == "bench":
             own.add_argument("--ranks-per-node", type=_positive, default=1, help="processes on this machine")
             own.add_argument("--rounds", type=_positive, default=9, help="how often each program runs")
@@ -170,11 +180,11 @@ def single(arguments: argparse.Namespace, console: Console) -> None:
     elif arguments.command == "export":
         from pkd.export import export
 
-        export(arguments.run, arguments.to, arguments.student, console)
+        export(arguments.run, arguments.to, arguments.student, arguments.format, console)
     else:
-        from pkd.export import predict
+        from pkd.predict import predict
 
-        predict(arguments.run, arguments.images, arguments.student, console)
+        predict(arguments.run, arguments.images, arguments.student, arguments.top, arguments.csv, console)
 
 
 def train(arguments: argparse.Namespace, launch: Launch) -> int:

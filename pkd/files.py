@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pkd.errors import UserError
@@ -25,6 +27,30 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise unwritable(path, error, len(content)) from None
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `target` once all is written; after an error nothing of it is left.
+
+    Raises UserError, before anything is written, where `target` is there already and is not an empty folder.
+    """
+    target = Path(os.path.realpath(target))
+    beside = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UserError(f"{target} already exists and is not empty: give a new folder")
+        beside.mkdir(parents=True)
+    except OSError as error:
+        raise unwritable(target, error, 0) from None
+    try:
+        yield beside
+        os.rename(beside, target)  # over an empty folder, but over no other
+        sync_folder(target.parent)
+    except OSError as error:
+        raise unwritable(target, error, 0) from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_json(path: Path, tree) -> None:

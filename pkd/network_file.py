@@ -50,10 +50,13 @@ def write_network(path: Path, network: Network, model: Model, classes: list[str]
     write_json(path.with_name(path.name + ".json"), {**tree, **facts, "sha256": weights.sha256()})
 
 
-def read_network(path: Path) -> tuple[Network, dict]:
-    """The network of <path>.json and its weights. Raises UserError where they are missing or do not agree."""
+def read_network(path: Path, stem: Path | None = None) -> tuple[Network, dict]:
+    """The network of <path>.json and its weights, which are named after `stem` where that is another.
+
+    Raises UserError where they are missing or do not agree.
+    """
     facts = read_json(path.with_name(path.name + ".json"))
-    weights = Weights(weights_of(path))
+    weights = Weights(weights_of(stem or path))
     _check_hash(weights, facts, path)
     network = rebuild(facts, path)
     _check_tensors(network, weights, facts)

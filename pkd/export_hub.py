@@ -1,0 +1,54 @@
+"""A folder in the layout of the Hugging Face hub; nothing is uploaded.
+
+One student lies at the top: README.md (the model card), config.json, preprocessor_config.json, model.safetensors. Of an
+ensemble each student has a folder of its name with the latter three, and the config.json at the top lists them.
+"""
+
+from pathlib import Path
+
+from pkd.errors import UserError
+from pkd.evaluate import recipe_of
+from pkd.export import PREDICTION
+from pkd.files import read_json, write_bytes, write_json
+from pkd.model_card import model_card
+from pkd.models import Network
+from pkd.run_folder import RunFolder
+from pkd.weights_file import Weights, write_weights
+
+CONFIG, WEIGHTS = "config", "model"  # stems of the files
+
+
+def export_hub(run: RunFolder, students: list[tuple[Network, dict]], folder: Path) -> None:
+    """Write the folder. Raises UserError for a run that was not evaluated, for the model card states its figures."""
+    if not (run.path / "summary.json").exists():
+        raise UserError(f"run {run.path} has no summary.json, whose figures the model card states: run pkd evaluate first")
+    names = [facts["name"] for _, facts in students]
+    alone = len(names) == 1
+    for network, facts in students:
+        _student(folder if alone else folder / facts["name"], network, facts)
+    if not alone:
+        write_json(folder / f"{CONFIG}.json", {"students": names, "prediction": PREDICTION,
+                                               **_labels(students[0][1]["classes"])})
+    card = model_card(recipe_of(run, []), read_json(run.path / "summary.json"), [facts for _, facts in students])
+    write_bytes(folder / "README.md", card.encode())
+
+
+def _student(folder: Path, network: Network, facts: dict) -> None:
+    weights = Weights(write_weights(folder / WEIGHTS, network.backbone.state_dict()))
+    write_json(folder / "preprocessor_config.json", _preprocessing(facts))
+    write_json(folder / f"{CONFIG}.json", {**facts, "sha256": weights.sha256(), **_labels(facts["classes"])})
+
+
+def _labels(classes: list[str]) -> dict:
+    return {"num_labels": len(classes), "id2label": {str(index): name for index, name in enumerate(classes)},
+            "label2id": {name: index for index, name in enumerate(classes)}}
+
+
+def _preprocessing(facts: dict) -> dict:
+    """The usual keys of such a file; input_size is what the network resizes to after all of them but normalisation."""
+    height, width = facts["view_size"]
+    return {"do_convert_rgb": facts["channels"] == 3,
+            "do_resize": True, "resample": 2, "size": {"shortest_edge": min(height, width)},  # 2: bilinear
+            "do_center_crop": True, "crop_size": {"height": height, "width": width},
+            "do_rescale": True, "rescale_factor": 1 / 255, "input_size": facts["input_size"],
+            "do_normalize": True, "image_mean": facts["mean"], "image_std": facts["std"]}

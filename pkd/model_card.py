@@ -1,0 +1,113 @@
+"""The model card of an export: what it was made of, what it reaches, how it is loaded; Markdown with YAML in front."""
+
+import yaml
+
+from pkd.objective import constants
+from pkd.recipe import Recipe
+
+FACTS, WEIGHTS, IMAGE = "exported/mobile.json", "exported/mobile.safetensors", "flower.jpg"  # as the snippet names them
+SNIPPET = """\
+import json
+
+import torchvision
+from PIL import Image
+from safetensors.torch import load_file
+from torchvision.transforms import functional as F
+
+facts = json.load(open("exported/mobile.json"))
+network = torchvision.models.get_model(facts["architecture"], **facts["arguments"]).eval()
+network.load_state_dict(load_file("exported/mobile.safetensors"))
+image, (height, width) = Image.open("flower.jpg").convert("L" if facts["channels"] == 1 else "RGB"), facts["view_size"]
+scale = max(height / image.height, width / image.width)
+size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+left, top = (size[0] - width) // 2, (size[1] - height) // 2
+image = image.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
+pixels = F.resize(F.pil_to_tensor(image)[None] / 255, facts["input_size"]).expand(-1, facts["input_channels"], -1, -1)
+probabilities = network(F.normalize(pixels, facts["mean"], facts["std"])).softmax(1)[0]
+print(facts["classes"][probabilities.argmax()], probabilities.max().item())
+"""
+LISTED = 100  # classes; config.json has them all
+
+
+def model_card(recipe: Recipe, summary: dict, students: list[dict]) -> str:
+    """students: their JSON files' contents, one or all of the run; summary: of summary.json."""
+    alone = len(students) == 1
+    name = students[0]["name"] if alone else "ensemble"
+    figures = summary["students"][name] if alone else summary["ensemble"]
+    front = {
+        "library_name": "pkd", "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "knowledge-distillation", *sorted({own["architecture"] for own in students})],
+        "metrics": ["accuracy"],
+        "model-index": [{"name": f"{recipe.name}-{name}", "results": [{
+            "task": {"type": "image-classification"},
+            "dataset": {"name": recipe.data.name, "type": recipe.data.name, "split": "test"},
+            "metrics": [{"type": "accuracy", "value": figures["accuracy"], "name": "Accuracy"},
+                        {"type": "loss", "value": figures["loss"], "name": "Cross-entropy"},
+                        {"type": "ece", "value": figures["calibration_error"], "name": "Expected calibration error"}]}]}],
+    }
+    what = f"student {name}" if alone else f"ensemble of {len(students)} students"
+    parts = [
+        "---", "# license: yours to choose; mind the licences of the data and of pretrained weights",
+        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", "",
+        f"# {recipe.name}: {what}", "",
+        f"Image classification with {len(students[0]['classes'])} classes; distilled by pkd from a pyramid of teachers, one "
+        "at the top that knows every class and specialists below it.", "",
+        "## Data", "", *_data(recipe, students[0]), "",
+        "## Training", "", *_training(recipe, summary), "",
+        "## Figures", "", *_figures(summary), "",
+        "## How to load it", "", *_loading(students),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _data(recipe: Recipe, facts: dict) -> list[str]:
+    height, width = facts["view_size"]
+    classes = [" ".join(name.split()) for name in facts["classes"]]
+    more = f" and {len(classes) - LISTED} more" if len(classes) > LISTED else ""
+    return [f"Data set `{recipe.data.name}`, {'grey' if facts['channels'] == 1 else 'colour'} images of {height} x {width} "
+            f"pixels (height x width), splits by seed {recipe.data.seed}. Classes, in the order of the logits: "
+            f"{', '.join(classes[:LISTED])}{more}."]
+
+
+def _training(recipe: Recipe, summary: dict) -> list[str]:
+    chosen = constants(recipe, len(recipe.pyramid))
+    asked = "no teachers" if chosen.kind == "alone" else \
+        f"temperature {chosen.temperature:g}, weights {', '.join(f'{weight:g}' for weight in chosen.weights)}"
+    pull = f", ensemble terms {', '.join(f'{own:g}' for own in chosen.ensemble)}" if any(chosen.ensemble) else ""
+    lines = [f"Objective `{chosen.kind}` ({asked}{pull}), seed {recipe.seed}, {recipe.distill.epochs} epochs in batches of "
+             f"{recipe.distill.batch}; identity of the recipe `{summary['identity']}`."]
+    if summary["teachers"]:
+        lines += ["", "| teacher | level | classes | parameters | accuracy % within its classes |", "|---|---|---|---|---|"]
+    return [*lines, *(f"| {name} | {own['level']} | {len(own['classes'])} | {own['parameters']:,} | "
+                      f"{100 * own['accuracy']:.1f} |" for name, own in summary["teachers"].items())]
+
+
+def _figures(summary: dict) -> list[str]:
+    rows = [*summary["students"].items(), ("ensemble (mean of logits)", summary["ensemble"])]
+    lines = [f"One run, seed {summary['seed']}, on {summary['test_images']} test images, read "
+             f"{summary['test_readings']} time(s) so far; the weights that were kept are the best by validation.", ""]
+    if not summary["complete"]:
+        lines = ["**A smoke run: training or evaluation was cut short.**", "", *lines]
+    return [*lines, "| | accuracy % | cross-entropy | calibration error | validation accuracy % | parameters |",
+            "|---|---|---|---|---|---|",
+            *(f"| {name} | {100 * own['accuracy']:.1f} | {own['loss']:.4f} | {own['calibration_error']:.4f} | "
+              f"{100 * own['validation_accuracy']:.1f} | {own['parameters']:,} |" for name, own in rows)]
+
+
+def _loading(students: list[dict]) -> list[str]:
+    lines = ["With pkd, for a folder that holds this one's files: `pkd predict FOLDER image.png`.", ""]
+    libraries = {own["library"] for own in students}
+    if "torchvision" in libraries:
+        own = next(own for own in students if own["library"] == "torchvision")
+        folder = "" if len(students) == 1 else f"{own['name']}/"
+        code = SNIPPET.replace(FACTS, f"{folder}config.json").replace(WEIGHTS, f"{folder}model.safetensors")
+        lines += ["With plain torchvision:", "", "```python", code.replace(IMAGE, "image.png").rstrip(), "```", ""]
+    if "pkd" in libraries:
+        lines += ["Architectures named `pkd_...` are in pkd's `small_models.py`, a file that needs nothing but torch: "
+                  "`SMALL_MODELS[facts[\"architecture\"]](**facts[\"arguments\"])` in place of torchvision's `get_model`, "
+                  f"the rest as {'above' if 'torchvision' in libraries else 'the README of pkd says for those'}.", ""]
+    if "own" in libraries:
+        lines += ["Architectures written as `package.module:Class` are its author's own, called with `arguments`.", ""]
+    if len(students) > 1:
+        lines += ["The ensemble's answer is the mean of all students' logits.", ""]
+    return lines[:-1]

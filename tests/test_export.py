@@ -1,0 +1,211 @@
+"""What leaves a run: the same predictions in every format, for programs that know nothing of pkd."""
+
+import csv
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from ranks import REPOSITORY, refused, run
+from torch import nn
+
+from pkd.classifier import open_classifier
+from pkd.console import Console
+from pkd.errors import UserError
+from pkd.export_onnx import export_onnx, need
+from pkd.files import new_folder
+from pkd.model_card import IMAGE, SNIPPET
+from pkd.models import build
+from pkd.recipe import Model
+from pkd.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def evaluated(finished, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "run"
+    shutil.copytree(finished, folder)
+    run(1, "evaluate", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exports(evaluated) -> dict[str, Path]:
+    """The ensemble by format, and student shuffle as "<format>-shuffle"."""
+    paths = {"run": evaluated}
+    for form in ("safetensors", "onnx", "hub"):
+        paths[form], paths[f"{form}-shuffle"] = (evaluated.parent / name for name in (form, f"{form}-shuffle"))
+        said = run(1, "export", evaluated, "--to", paths[form], "--format", form, timeout=240)[0].out
+        assert "2 student(s)" in said and (form != "onnx" or ("on 41 images" in said and "random" not in said)), said
+        run(1, "export", evaluated, "--to", paths[f"{form}-shuffle"], "--format", form, "--student", "shuffle", timeout=240)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def digits(tiny) -> torch.Tensor:
+    """uint8 [480, 1, 8, 8]"""
+    return torch.from_numpy(np.load(tiny.parent / "digits.npz")["x"])[:, None]
+
+
+@pytest.fixture(scope="module")
+def pictures(digits, tmp_path_factory) -> Path:
+    """A folder of 70 digits as image files, more than a batch."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for index, image in enumerate(digits[:70]):
+        (folder / f"{index % 10}").mkdir(exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(folder / f"{index % 10}" / f"{index:02d}.png")
+    return folder
+
+
+def rows_of(table: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(table.read_text().splitlines()))
+
+
+@pytest.mark.parametrize("student", [None, "shuffle"])
+def test_every_format_predicts_what_the_run_predicts(exports, digits, student):
+    wanted = open_classifier(exports["run"], student).logits(digits).softmax(1)
+    places = [exports[form] for form in ("safetensors", "hub")]
+    places += [exports["onnx"], exports["onnx"] / "ensemble.onnx"] if student is None else \
+        [exports[f"{form}-shuffle"] for form in ("safetensors", "onnx", "hub")]
+    for place in places:
+        found = open_classifier(place, student)
+        assert found.classes == [str(digit) for digit in range(10)]
+        probabilities = found.logits(digits).softmax(1)
+        torch.testing.assert_close(probabilities, wanted, rtol=0, atol=1e-4)
+        assert torch.equal(probabilities.argmax(1), wanted.argmax(1)), place
+
+
+def test_an_onnx_file_takes_uint8_batches_of_any_size_and_tells_its_classes_and_preprocessing(exports, digits):
+    session = onnxruntime.InferenceSession(exports["onnx"] / "ensemble.onnx", providers=["CPUExecutionProvider"])
+    (images,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert (images.name, images.type, images.shape) == ("images", "tensor(uint8)", ["batch", 1, 8, 8])
+    assert (logits.name, logits.shape) == ("logits", ["batch", 10])
+    whole = session.run(None, {"images": digits[:7].numpy()})[0]
+    for index in range(7):
+        np.testing.assert_allclose(session.run(None, {"images": digits[index:index + 1].numpy()})[0], whole[index:index + 1],
+                                   atol=1e-4)
+    said = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert said["classes"] == [str(digit) for digit in range(10)] and list(said["students"]) == ["mobile", "shuffle"]
+    assert said["students"]["mobile"]["mean"] == [0.5] and said["preprocessing"].startswith("inside the graph: uint8")
+    assert str(REPOSITORY).encode() not in (exports["onnx"] / "ensemble.onnx").read_bytes()
+
+
+def test_a_hub_folder_has_a_card_that_states_data_objective_figures_and_seeds(exports):
+    card = huggingface_hub.ModelCard.load(exports["hub"] / "README.md")
+    assert card.data.pipeline_tag == "image-classification" and card.data.library_name == "pkd"
+    summary = json.loads((exports["run"] / "summary.json").read_text())
+    figures = {own.metric_type: own.metric_value for own in card.data.eval_results}
+    assert figures["accuracy"] == summary["ensemble"]["accuracy"]
+    alone = huggingface_hub.ModelCard.load(exports["hub-shuffle"] / "README.md")
+    assert alone.data.eval_results[0].metric_value == summary["students"]["shuffle"]["accuracy"]
+    for words in ("Data set `npz`", "`composed` (temperature 4", "seed 0", "level2-2", "mobile |", "48 test images"):
+        assert words in card.text, words
+    top = {path.name for path in exports["hub-shuffle"].iterdir()}
+    assert top == {"README.md", "config.json", "preprocessor_config.json", "model.safetensors"}
+    assert {path.name for path in (exports["hub"] / "mobile").iterdir()} == top - {"README.md"}
+    config = json.loads((exports["hub-shuffle"] / "config.json").read_text())
+    assert config["id2label"]["3"] == "3" and config["architecture"] == "pkd_shuffle"
+
+
+def test_the_readmes_snippet_loads_a_student_into_plain_torchvision(tiny, new_run, digits, tmp_path, monkeypatch, capsys):
+    folder, teachers_from = new_run("run")
+    run(1, "distill", tiny, "--run-folder", folder, teachers_from, "--steps", 2,
+        "students.0.model={name: shufflenet_v2_x0_5, input_size: 24, mean: [0.2, 0.3, 0.4]}")
+    run(1, "evaluate", folder, "--steps", 5)
+    run(1, "export", folder, "--to", tmp_path / "exported")
+    run(1, "export", folder, "--to", tmp_path / "hub", "--format", "hub")
+    # Neither of the right size nor of the right mode, so that all of the preprocessing counts.
+    Image.fromarray(digits[3, 0].numpy()).resize((23, 38)).convert("RGB").save(tmp_path / IMAGE)
+    run(1, "predict", folder, tmp_path / IMAGE, "--student", "mobile", "--csv", tmp_path / "said.csv")
+    wanted = rows_of(tmp_path / "said.csv")[0]
+    shutil.copy(tmp_path / IMAGE, tmp_path / "hub" / "image.png")
+    for place, readme in ((tmp_path, REPOSITORY / "README.md"), (tmp_path / "hub", tmp_path / "hub" / "README.md")):
+        code = re.search(r"```python\n(import json\n.*?)```", readme.read_text(), re.S)[1]
+        assert "pkd" not in code and code.count("\n") == SNIPPET.count("\n")
+        monkeypatch.chdir(place)
+        exec(code, {})
+        name, probability = capsys.readouterr().out.split()
+        assert name == wanted["class"] and float(probability) == pytest.approx(float(wanted["probability"]), abs=1e-5)
+
+
+def test_predict_goes_through_folders_and_writes_a_table(exports, pictures, tmp_path):
+    run(1, "predict", exports["hub"], pictures, "--csv", tmp_path / "all.csv", "--top", 3)
+    rows = rows_of(tmp_path / "all.csv")
+    assert [row["image"] for row in rows] == [str(path) for path in sorted(pictures.rglob("*.png"))]
+    assert list(rows[0]) == ["image", "class", "probability", "class_2", "probability_2", "class_3", "probability_3"]
+    assert all(float(row["probability"]) >= float(row["probability_2"]) >= float(row["probability_3"]) for row in rows)
+    before = (tmp_path / "all.csv").read_bytes()
+    assert "all.csv already exists" in refused(1, "predict", exports["hub"], pictures, "--csv", tmp_path / "all.csv")
+    assert (tmp_path / "all.csv").read_bytes() == before
+    said = run(1, "predict", exports["onnx"], pictures / "3" / "03.png", "--top", 99)[0].out
+    assert len(re.findall(r"\d\.\d{4}", said)) == 10, "no more classes than there are"
+
+
+def test_images_that_cannot_be_read_are_counted_and_named_and_nothing_is_written(exports, pictures, tmp_path):
+    mine = tmp_path / "pictures"
+    shutil.copytree(pictures, mine)
+    for file in [*(mine / "1").iterdir(), *(mine / "9").iterdir()]:
+        file.write_bytes(b"no image")
+    said = refused(1, "predict", exports["run"], mine, tmp_path / "missing.png", "--csv", tmp_path / "all.csv")
+    assert "15 of 71 image(s)" in said and "01.png" in said and "and 5 more" in said and not (tmp_path / "all.csv").exists()
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in refused(1, "predict", exports["run"], tmp_path / "empty")
+
+
+def test_what_is_no_export_is_refused_unread(exports, pictures, tmp_path):
+    image = pictures / "3" / "03.png"
+    assert "neither a run folder" in refused(1, "predict", pictures, image)
+    assert "does not exist" in refused(1, "predict", tmp_path / "nothing", image)
+    assert "one network of mobile, shuffle" in refused(1, "predict", exports["onnx"], image, "--student", "shuffle")
+    (tmp_path / "trap.onnx").write_bytes(pickle.dumps({}))
+    assert "cannot be read as ONNX" in refused(1, "predict", tmp_path / "trap.onnx", image)
+    (tmp_path / "ensemble.json").write_text(json.dumps({"students": ["../run"]}))
+    assert "of its own folder" in refused(1, "predict", tmp_path, image)
+
+
+def test_an_export_is_whole_or_absent_and_overwrites_nothing(exports, finished, tmp_path):
+    for form in ("safetensors", "onnx", "hub"):
+        before = sorted(exports[form].rglob("*"))
+        assert "not empty" in refused(1, "export", exports["run"], "--to", exports[form], "--format", form)
+        assert sorted(exports[form].rglob("*")) == before
+    if not (finished / "summary.json").exists():
+        assert "pkd evaluate first" in refused(1, "export", finished, "--to", tmp_path / "hub", "--format", "hub")
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "new") as folder:
+        (folder / "half").write_text("")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "empty").mkdir()
+    with new_folder(tmp_path / "empty") as folder:
+        (folder / "whole").write_text("")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["empty", "empty/whole"]
+
+
+class Restless(nn.Module):
+    """Never says the same twice, and so cannot be said to be exported."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(images.flatten(1)) + torch.rand(1)
+
+
+def test_an_onnx_file_that_says_something_else_is_not_written(tmp_path, capsys):
+    network = build(Model(name="test_export:Restless"), 10, 1, (8, 8)).eval()
+    facts = {"name": "restless", "classes": list("0123456789"), "channels": 1, "view_size": [8, 8], "architecture": "own",
+             "input_channels": 1, "input_size": [8, 8], "mean": [0.5], "std": [0.5]}
+    with pytest.raises(UserError, match=r"differ from the original's by up to \d"):
+        export_onnx(RunFolder(tmp_path), [(network, facts)], tmp_path, Console())
+    assert not list(tmp_path.iterdir()) and "is checked on random images" in capsys.readouterr().out
+
+
+def test_packages_that_are_missing_are_named_with_their_remedy():
+    with pytest.raises(UserError, match=r'need no_such_package.*pip install "pkd\[onnx\]"'):
+        need("onnx", "no_such_package")
