@@ -26,6 +26,7 @@ COMMANDS = {
     "launch": "run or submit the phases in order, going on where the run stands",
     "status": "tell where a run stands",
     "study": "compare the recipe with its controls, arms by seeds, in one table; goes on where the study stands",
+    "report": "write a page about a run or a study, with plots",
     "bench": "measure what the teachers cost on this machine",
     "fetch": "bring the data and the pretrained weights of a recipe, where there is a network",
 }
@@ -41,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         if name in WITH_RECIPE:
             own.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with pkd")
         else:
-            own.add_argument("run", type=Path, help="the run folder")
+            own.add_argument("run", type=Path, help="the run folder" + " or a study's" * (name == "report"))
         if name in (*WITH_RECIPE, "evaluate"):
             own.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
         if name in (*ON_EVERY_RANK, "launch"):
@@ -65,6 +66,8 @@ def parser() -> argparse.ArgumentParser:
             own.add_argument("--student", metavar="NAME", help="this one instead of the ensemble")
         if name == "export":
             own.add_argument("--to", type=Path, required=True, help="a new folder")
+        if name == "report":
+            own.add_argument("--to", type=Path, metavar="FILE", help="the page (default: report.html in the folder)")
         if name == "predict":
             own.add_argument("images", nargs="+", type=Path)
         if name == "bench":
@@ -162,6 +165,10 @@ def single(arguments: argparse.Namespace, console: Console) -> None:
         from pkd.status import status
 
         status(arguments.run, arguments.json, console)
+    elif arguments.command == "report":
+        from pkd.report import report
+
+        report(arguments.run, arguments.to, console)
     elif arguments.command == "fetch":
         from pkd.fetch import fetch
         from pkd.recipe_file import load_recipe

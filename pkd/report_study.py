@@ -1,0 +1,145 @@
+"""A study as a page: its verdict in words, its table, the differences, and what compute buys. Reads study.json alone."""
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+from pkd.errors import UserError
+from pkd.files import read_json
+from pkd.report_page import Page, Section, Table
+from pkd.report_study_facts import ENSEMBLE, Study, has_interval, interval, petaflop, points, spread
+from pkd.report_study_plots import compute, forest
+from pkd.report_style import Plot, percent, short
+
+
+def page_of(path: Path) -> Page:
+    """Raises UserError where study.json is damaged."""
+    study = Study(read_json(path / "study.json"))
+    try:
+        return _page(study)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise UserError(f"{path / 'study.json'} does not describe a study ({type(error).__name__}: {error}): run pkd study "
+                        "again, which writes it anew") from None
+
+
+def _page(study: Study) -> Page:
+    tree = study.tree
+    subtitle = (f"{tree['classes']} classes · {len(study.arms)} arms · {len(tree['seeds'])} seed(s) · "
+                f"{tree['test_images']} test images, read {tree['test_readings']} times in all · "
+                + time.strftime("%Y-%m-%d %H:%M", time.localtime(tree["written"])))
+    sections = [_verdict(study), _table(study), _differences(study), _compute(study), _readings(study)]
+    changes = {name: arm["changes"] for name, arm in study.arms.items()}
+    return Page(f"Study {tree['recipe']}", subtitle, _cards(study), _notes(study), [s for s in sections if s],
+                json.dumps(changes, indent=2, ensure_ascii=False))
+
+
+def _notes(study: Study) -> list[str]:
+    if study.tree["complete"]:
+        return []
+    wanted = len(study.arms) * len(study.tree["seeds"])
+    missing = [study.title(name) for name, arm in study.arms.items() if not arm["seeds"]]
+    return [f"The study is not complete: {study.runs} of {wanted} runs are done; all figures are of those."] + [
+        f"Nothing is there yet of: {', '.join(missing)}."] * bool(missing)
+
+
+def _cards(study: Study) -> list[tuple[str, str]]:
+    measured, cards = study.measured, []
+    if measured:
+        best = max(measured, key=study.accuracy)
+        cards.append((percent(study.accuracy(best)), f"best ensemble on the test split: {study.title(best)}"))
+    if study.control in measured:
+        cards.append((percent(study.accuracy(study.control)),
+                      f"best control, chosen by validation: {study.title(study.control)}"))
+    for one in study.deciding[:1]:
+        cards.append((f"{points(one['difference'])} points",
+                      f"{study.title(one['arm'])} against the best control, 95 % interval {interval(one)}"))
+    return cards
+
+
+def _verdict(study: Study) -> Section:
+    if not study.control:
+        return Section("Verdict", ["There is no best control yet: no control with teachers has a finished seed."])
+    text = [f"The best control, chosen by validation accuracy of the ensemble, is {study.title(study.control)}."]
+    text += [_decision(study, one) for one in study.deciding] or ["Nothing has been compared with it yet."]
+    return Section("Verdict", text)
+
+
+def _decision(study: Study, one: dict) -> str:
+    """One deciding difference as a sentence."""
+    arm, gap = study.title(one["arm"]), points(one["difference"])
+    if not has_interval(one):
+        return f"{arm} differs by {gap} points, without an interval yet."
+    said, (low, high) = f"{gap} points, 95 % interval {interval(one)}, {one['seeds']} seed(s)", one["interval"]
+    if low > 0:
+        return f"{arm} beats it: {said}, all of it above 0."
+    if high < 0:
+        return f"{arm} loses to it: {said}, all of it below 0."
+    return f"{arm} cannot be told apart from it: {said}, which holds 0."
+
+
+def _table(study: Study) -> Section:
+    order = sorted(study.arms, key=lambda name: -(study.accuracy(name) or -1))
+    rows, details = [], []
+    for name in order:
+        arm, networks = study.arms[name], study.arms[name]["networks"]
+        label = study.title(name) + " (control)" * arm["control"] + " ★" * (name == study.control)
+        whole = networks.get(ENSEMBLE, {})
+        rows.append([label, spread(whole.get("accuracy")),
+                     *(spread(networks.get(student, {}).get("accuracy")) for student in study.students),
+                     spread(whole.get("validation_accuracy")), spread(whole.get("loss"), 1, 3),
+                     spread(whole.get("calibration_error")), petaflop(arm["teacher_flops"]), petaflop(arm["student_flops"]),
+                     str(len(arm["seeds"]))])
+        details += [[label, network, spread(one.get("accuracy")), spread(one.get("validation_accuracy")),
+                     spread(one.get("loss"), 1, 3), spread(one.get("calibration_error")), f"{one['parameters']:,}"]
+                    for network, one in networks.items()]
+    head = ["", "ensemble", *(short(student, 24) for student in study.students), "ensemble, validation", "loss, nats",
+            "calibration error", "teachers, PFLOP", "students, PFLOP", "seeds"]
+    return Section("Arms", [
+        "Test accuracy in %, mean ± standard deviation over seeds; loss and calibration error (%) are the ensemble's. "
+        "Compute is what training an arm's teachers and its students costs. ★: the best control."], [
+        Table("Every arm, the best ensemble first", head, rows,
+              marked=frozenset(index for index, name in enumerate(order) if name == study.control)),
+        Table("Every network of every arm", ["", "network", "test %", "validation %", "loss, nats", "calibration error %",
+                                             "parameters"], details, folded=True, words=frozenset({0, 1}))])
+
+
+def _differences(study: Study) -> Section | None:
+    found = study.differences
+    if not found:
+        return None
+    shown = [one for one in found if one["network"] == ENSEMBLE and has_interval(one)]
+    rows = [[study.title(one["arm"]), study.title(one["against"]), one["network"], points(one["difference"]), interval(one),
+             str(one["seeds"])] for one in found]
+    table = Table("All differences, in points", ["arm", "against", "network", "difference", "95 % interval", "seeds"], rows,
+                  folded=bool(shown), words=frozenset({0, 1, 2}),
+                  marked=frozenset(index for index, one in enumerate(found) if one.get("decides")))
+    said = "; ".join(f"{study.title(one['arm'])} against {study.title(one['against'])} {points(one['difference'])} "
+                     f"{interval(one)}" for one in shown)
+    plot = Plot("differences", "Differences between ensembles with 95 % intervals (◆ decides)",
+                f"Differences of test accuracy in points with intervals: {said}.", partial(forest, study, shown))
+    return Section("Differences", ["Paired differences of test accuracy in points: what is right of 0 is better than "
+                                   "what it is compared with."], [plot, table] if shown else [table])
+
+
+def _compute(study: Study) -> Section | None:
+    names = [name for name, arm in study.measured.items() if arm["teacher_flops"] is not None]
+    if not names:
+        return None
+    said = ", ".join(f"{study.title(name)} {petaflop(study.arms[name]['teacher_flops'])} PFLOP "
+                     f"{percent(study.accuracy(name))}" for name in names)
+    return Section("Compute", ["What training the teachers costs, and the ensemble that comes of it. The line joins "
+                               "the arms that none beats at the same or less compute."], [
+        Plot("compute", "Teachers' compute and the ensemble's accuracy", f"Points for each arm: {said}.",
+             partial(compute, study, names))])
+
+
+def _readings(study: Study) -> Section:
+    tree = study.tree
+    rows = [[study.title(name), teacher, percent(accuracy)] for name, arm in study.arms.items()
+            for teacher, accuracy in (arm.get("teachers") or {}).items()]
+    table = Table("Mean accuracy of every arm's teachers within their classes", ["arm", "teacher", "accuracy"], rows,
+                  folded=True, words=frozenset({0, 1}))
+    return Section("Readings and teachers", [
+        f"The test split of {tree['test_images']} images was read {tree['test_readings']} times for {study.runs} finished "
+        "runs; every choice was made on the validation split."], [table] * bool(rows))
