@@ -94,7 +94,7 @@ def reliability(predictions: Predictions, theme: Theme) -> Figure:
     return out
 
 
-def agreement(predictions: Predictions, theme: Theme) -> Figure:
+def agreement_plot(predictions: Predictions, theme: Theme) -> Figure:
     """How often two networks say the same; and how often the ensemble is right by how many students are."""
     share, names = agreement_of(predictions), [short(name, 16) for name in predictions.names]
     out = figure(10.4, max(3.4, 1.6 + 0.3 * len(names)))

@@ -61,8 +61,8 @@ def speed(lines: list[dict], theme: Theme) -> Figure:
     wait.plot(epochs, waited, color=theme.colour(1), marker=marker, ms=3)
     for axes, title in ((images, "images per second"), (wait, "waiting for soft targets, % of the time")):
         axes.set(title=title, xlabel="epoch")
-        axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    images.set_ylim(0, 1.1 * max(line["images_per_second"] for line in lines))
     wait.set_ylim(0, max(10, *(1.1 * value for value in waited)))
     return out
 

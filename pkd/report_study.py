@@ -10,7 +10,7 @@ from pkd.files import read_json
 from pkd.report_page import Page, Section, Table
 from pkd.report_study_facts import ENSEMBLE, Study, has_interval, interval, petaflop, points, spread
 from pkd.report_study_plots import compute, forest
-from pkd.report_style import Plot, percent, short
+from pkd.report_style import Plot, counted, percent, short
 
 
 def page_of(path: Path) -> Page:
@@ -25,7 +25,8 @@ def page_of(path: Path) -> Page:
 
 def _page(study: Study) -> Page:
     tree = study.tree
-    subtitle = (f"{tree['classes']} classes · {len(study.arms)} arms · {len(tree['seeds'])} seed(s) · "
+    subtitle = (f"{tree['classes']} classes · {counted(len(study.arms), 'arm')} · "
+                f"{counted(len(tree['seeds']), 'seed')} · "
                 f"{tree['test_images']} test images, read {tree['test_readings']} times in all · "
                 + time.strftime("%Y-%m-%d %H:%M", time.localtime(tree["written"])))
     sections = [_verdict(study), _table(study), _differences(study), _compute(study), _readings(study)]
@@ -60,22 +61,22 @@ def _cards(study: Study) -> list[tuple[str, str]]:
 def _verdict(study: Study) -> Section:
     if not study.control:
         return Section("Verdict", ["There is no best control yet: no control with teachers has a finished seed."])
-    text = [f"The best control, chosen by validation accuracy of the ensemble, is {study.title(study.control)}."]
+    text = [f"The best control, chosen by validation accuracy of the ensemble, is \"{study.title(study.control)}\"."]
     text += [_decision(study, one) for one in study.deciding] or ["Nothing has been compared with it yet."]
     return Section("Verdict", text)
 
 
 def _decision(study: Study, one: dict) -> str:
     """One deciding difference as a sentence."""
-    arm, gap = study.title(one["arm"]), points(one["difference"])
+    arm, gap = f'"{study.title(one["arm"])}"', points(one["difference"])
     if not has_interval(one):
         return f"{arm} differs by {gap} points, without an interval yet."
-    said, (low, high) = f"{gap} points, 95 % interval {interval(one)}, {one['seeds']} seed(s)", one["interval"]
+    said, (low, high) = f"{gap} points, 95 % interval {interval(one)}, {counted(one['seeds'], 'seed')}", one["interval"]
     if low > 0:
         return f"{arm} beats it: {said}, all of it above 0."
     if high < 0:
         return f"{arm} loses to it: {said}, all of it below 0."
-    return f"{arm} cannot be told apart from it: {said}, which holds 0."
+    return f"{arm} cannot be told apart from it: {said}, which includes 0."
 
 
 def _table(study: Study) -> Section:
@@ -88,16 +89,16 @@ def _table(study: Study) -> Section:
         rows.append([label, spread(whole.get("accuracy")),
                      *(spread(networks.get(student, {}).get("accuracy")) for student in study.students),
                      spread(whole.get("validation_accuracy")), spread(whole.get("loss"), 1, 3),
-                     spread(whole.get("calibration_error")), petaflop(arm["teacher_flops"]), petaflop(arm["student_flops"]),
-                     str(len(arm["seeds"]))])
+                     spread(whole.get("calibration_error")),
+                     f"{petaflop(arm['teacher_flops'])} + {petaflop(arm['student_flops'])}", str(len(arm["seeds"]))])
         details += [[label, network, spread(one.get("accuracy")), spread(one.get("validation_accuracy")),
                      spread(one.get("loss"), 1, 3), spread(one.get("calibration_error")), f"{one['parameters']:,}"]
                     for network, one in networks.items()]
     head = ["", "ensemble", *(short(student, 24) for student in study.students), "ensemble, validation", "loss, nats",
-            "calibration error", "teachers, PFLOP", "students, PFLOP", "seeds"]
+            "calibration error", "PFLOP", "seeds"]
     return Section("Arms", [
         "Test accuracy in %, mean ± standard deviation over seeds; loss and calibration error (%) are the ensemble's. "
-        "Compute is what training an arm's teachers and its students costs. ★: the best control."], [
+        "PFLOP: what training an arm's teachers costs + what its students cost. ★: the best control."], [
         Table("Every arm, the best ensemble first", head, rows,
               marked=frozenset(index for index, name in enumerate(order) if name == study.control)),
         Table("Every network of every arm", ["", "network", "test %", "validation %", "loss, nats", "calibration error %",

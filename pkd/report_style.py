@@ -40,10 +40,11 @@ class Theme:
         return {
             "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "pkd", "font.size": 9, "axes.titlesize": 10,
             "axes.titlelocation": "left", "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
-            "axes.grid": True, "grid.linewidth": 0.6, "figure.facecolor": self.surface, "axes.facecolor": self.surface,
-            "text.color": self.ink, "axes.labelcolor": self.ink, "axes.titlecolor": self.ink, "axes.edgecolor": self.muted,
+            "axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.6, "grid.color": self.line,
+            "figure.facecolor": self.surface, "axes.facecolor": self.surface, "axes.edgecolor": self.muted,
+            "text.color": self.ink, "axes.labelcolor": self.ink, "axes.titlecolor": self.ink,
             "xtick.color": self.muted, "ytick.color": self.muted, "xtick.labelcolor": self.ink, "ytick.labelcolor": self.ink,
-            "grid.color": self.line, "hatch.color": self.muted, "hatch.linewidth": 0.5}
+            "hatch.color": self.muted, "hatch.linewidth": 0.5}
 
 
 LIGHT = Theme("#1b1f24", "#57606a", "#d8dee4", "#ffffff", "#f1f4f8",
@@ -111,6 +112,10 @@ def listed(names: list[str], most: int) -> str:
             return f"{out} +{len(names) - index}"
         out = wider
     return out
+
+
+def counted(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 def percent(fraction: float | None, digits: int = 1) -> str:

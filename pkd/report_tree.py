@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from pkd.report_facts import Teacher
-from pkd.report_style import Theme, listed, percent, short
+from pkd.report_style import Theme, counted, listed, percent, short
 
 ROWS = 40  # more are not drawn one by one
 WIDTH, LEAST, GAP = 10.4, 2.35, 0.42  # inches: of the drawing and of a column at least, and between columns
@@ -102,6 +102,6 @@ def _box(axes, theme: Theme, place: Place, x: float, y: float, width: float, cla
     axes.text(x + width - 0.08, y + 0.15, right, ha="right", va="center", weight="bold", color=theme.colour(teacher.level),
               zorder=3)
     known = [classes[index] for index in teacher.classes if index < len(classes)]
-    hidden = f"{place.below} teacher{'s' * (place.below > 1)} below" if place.below else ""
-    axes.text(x + 0.08, y + 0.33, hidden or listed(known, int(letters * 1.1)), fontsize=8, color=theme.muted, va="center",
+    hidden = f"{counted(place.below, 'teacher')} below, not drawn" if place.below else ""
+    axes.text(x + 0.08, y + 0.33, hidden or listed(known, int(letters * 1.2)), fontsize=8, color=theme.muted, va="center",
               zorder=3)
