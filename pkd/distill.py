@@ -50,7 +50,7 @@ def teach_along(setup: Setup, epoch: int, first: int) -> str:
             job.steady()
         votes = ballot.close()
         exchange.drain()
-        shares = busy_shares(job.world.rank, job.world.size, answering / (time.perf_counter() - began))
+        shares = busy_shares(job.world.rank, job.world.size, answering, time.perf_counter() - began)
         broken = -ballot.maximum([0.0, peak_memory(job.world.device), float("-inf"), *shares])[2]
         setup.refuse_broken(epoch, votes.broken, broken)
         if votes.stop:
@@ -141,7 +141,7 @@ class Distillation:
         votes = ballot.close()
         exchange.drain()
         code = -(self.broken[0] * 2**16 + self.broken[1]) if self.broken else float("-inf")
-        shares = busy_shares(job.world.rank, job.world.size, 1 - sums.wait / max(sums.seconds, 1e-9))
+        shares = busy_shares(job.world.rank, job.world.size, sums.seconds - sums.wait, sums.seconds)
         memory_student, memory_teacher, broken, *busy = ballot.maximum([peak_memory(self.device), 0.0, code, *shares])
         self.progress.memory = {"student": int(memory_student), "teacher": int(memory_teacher)}
         self.progress.busy = [round(share, 4) for share in busy]

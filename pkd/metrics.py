@@ -61,11 +61,10 @@ def drop_lines_after(path: Path, step: int) -> None:
         write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
-def busy_shares(rank: int, world: int, share: float) -> list[float]:
-    """A rank's own share of an epoch's time that it did not wait in, at its place among zeros for all others, so that the
-    maximum over ranks holds everyone's.
-    """
-    return [min(1.0, max(0.0, share)) if other == rank else 0.0 for other in range(world)]
+def busy_shares(rank: int, world: int, busy: float, seconds: float) -> list[float]:
+    """busy / seconds, of this rank's epoch, at its place among zeros for all others: the maximum over ranks holds all."""
+    share = min(1.0, max(0.0, busy / max(seconds, 1e-9)))
+    return [share if other == rank else 0.0 for other in range(world)]
 
 
 def peak_memory(device: torch.device) -> int:

@@ -74,4 +74,6 @@ def interval(one: dict) -> str:
 
 
 def petaflop(number: float | None) -> str:
-    return NOTHING if number is None else f"{number / 1e15:,.3g}"
+    if number is None:
+        return NOTHING
+    return f"{number / 1e15:,.0f}" if number >= 1e17 else f"{number / 1e15:.3g}"

@@ -2,8 +2,10 @@
 
 import base64
 import io
+import re
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import matplotlib
@@ -22,6 +24,9 @@ class Theme:
     surface: str
     box: str
     colours: tuple[str, ...]
+
+    def all(self) -> tuple[str, ...]:
+        return (self.ink, self.muted, self.line, self.surface, self.box, *self.colours)
 
     def colour(self, index: int) -> str:
         return self.colours[index % len(self.colours)]
@@ -51,6 +56,7 @@ LIGHT = Theme("#1b1f24", "#57606a", "#d8dee4", "#ffffff", "#f1f4f8",
               ("#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#9a6700", "#0e7490", "#6e7781"))
 DARK = Theme("#e6edf3", "#9da7b3", "#343b44", "#14181e", "#1f252d",
              ("#58a6ff", "#f0883e", "#3fb950", "#bc8cff", "#f778ba", "#d29922", "#39c5cf", "#8b949e"))
+IN_THE_DARK = {light.encode(): dark.encode() for light, dark in zip(LIGHT.all(), DARK.all())}
 
 
 @dataclass(frozen=True)
@@ -75,20 +81,32 @@ class Picture:
 
 
 def picture(plot: Plot) -> Picture:
-    """Draw a plot in both themes."""
-    files, width = {}, 0
-    for theme in (LIGHT, DARK):
-        with matplotlib.rc_context(theme.settings()), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has more letters than our font
-            figure = plot.draw(theme)
-            width = round(figure.get_figwidth() * PIXELS_PER_INCH)
-            formats = ("svg", "png") if theme is LIGHT else ("svg",)
-            for kind in formats:
-                file = io.BytesIO()
-                figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-                files[theme, kind] = file.getvalue()
-    uris = [f"data:image/svg+xml;base64,{base64.b64encode(files[theme, 'svg']).decode()}" for theme in (LIGHT, DARK)]
-    return Picture(plot, *uris, width, files[LIGHT, "png"])
+    """Draw a plot in both themes; in the second by other colours in the same drawing, where it has no shades."""
+    with _settings(LIGHT):
+        drawn = plot.draw(LIGHT)
+        light = _saved(drawn, "svg")
+        drawn.set_layout_engine("none")  # everything has its place by now
+        png = _saved(drawn, "png")
+    if any(axes.images for axes in drawn.axes):
+        with _settings(DARK):
+            dark = _saved(plot.draw(DARK), "svg")
+    else:
+        dark = re.sub(rb"#[0-9a-f]{6}", lambda found: IN_THE_DARK.get(found[0], found[0]), light)
+    uris = [f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for svg in (light, dark)]
+    return Picture(plot, *uris, round(drawn.get_figwidth() * PIXELS_PER_INCH), png)
+
+
+@contextmanager
+def _settings(theme: Theme):
+    with matplotlib.rc_context(theme.settings()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has more letters than our font
+        yield
+
+
+def _saved(drawn: Figure, kind: str) -> bytes:
+    file = io.BytesIO()
+    drawn.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    return file.getvalue()
 
 
 def figure(width: float, height: float) -> Figure:
