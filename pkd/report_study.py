@@ -8,7 +8,7 @@ from pathlib import Path
 from pkd.errors import UserError
 from pkd.files import read_json
 from pkd.report_page import Page, Section, Table
-from pkd.report_study_facts import ENSEMBLE, Study, has_interval, interval, petaflop, points, spread
+from pkd.report_study_facts import ENSEMBLE, Study, has_interval, interval, points, spread
 from pkd.report_study_plots import compute, forest
 from pkd.report_style import Plot, counted, percent, short
 
@@ -36,39 +36,43 @@ def _page(study: Study) -> Page:
 
 
 def _notes(study: Study) -> list[str]:
-    if study.tree["complete"]:
-        return []
-    wanted = len(study.arms) * len(study.tree["seeds"])
-    missing = [study.title(name) for name, arm in study.arms.items() if not arm["seeds"]]
-    return [f"The study is not complete: {study.runs} of {wanted} runs are done; all figures are of those."] + [
-        f"Nothing is there yet of: {', '.join(missing)}."] * bool(missing)
+    tree, notes = study.tree, []
+    if not tree["complete"]:
+        some = ", ".join(tree["missing"][:8]) + f" and {len(tree['missing']) - 8} more" * (len(tree["missing"]) > 8)
+        notes.append(f"The study is not complete ({counted(study.runs, 'run')} done); not finished: {some}.")
+    if any(one["seeds"] == 1 for one in study.differences):
+        notes.append("Intervals of a single seed speak of test images only: another seed may differ by more.")
+    if len(tree["world_sizes"]) > 1:
+        notes.append(f"Arms ran on different numbers of ranks ({', '.join(map(str, tree['world_sizes']))}), so that their "
+                     "students' batch statistics differ too.")
+    return notes
 
 
 def _cards(study: Study) -> list[tuple[str, str]]:
     measured, cards = study.measured, []
     if measured:
         best = max(measured, key=study.accuracy)
-        cards.append((percent(study.accuracy(best)), f"best ensemble on the test split: {study.title(best)}"))
+        cards.append((percent(study.accuracy(best)), f"best ensemble on the test split: {best}"))
     if study.control in measured:
         cards.append((percent(study.accuracy(study.control)),
-                      f"best control, chosen by validation: {study.title(study.control)}"))
-    for one in study.deciding[:1]:
+                      f"best control, chosen by validation: {study.control}"))
+    for one in [one for one in study.deciding if not study.arms[one["arm"]]["control"]][:1]:
         cards.append((f"{points(one['difference'])} points",
-                      f"{study.title(one['arm'])} against the best control, 95 % interval {interval(one)}"))
+                      f"{one['arm']} against the best control, 95 % interval {interval(one)}"))
     return cards
 
 
 def _verdict(study: Study) -> Section:
     if not study.control:
         return Section("Verdict", ["There is no best control yet: no control with teachers has a finished seed."])
-    text = [f"The best control, chosen by validation accuracy of the ensemble, is \"{study.title(study.control)}\"."]
+    text = [f"The best control, chosen by validation accuracy of the ensemble, is \"{study.control}\"."]
     text += [_decision(study, one) for one in study.deciding] or ["Nothing has been compared with it yet."]
     return Section("Verdict", text)
 
 
 def _decision(study: Study, one: dict) -> str:
     """One deciding difference as a sentence."""
-    arm, gap = f'"{study.title(one["arm"])}"', points(one["difference"])
+    arm, gap = f'"{one["arm"]}"', points(one["difference"])
     if not has_interval(one):
         return f"{arm} differs by {gap} points, without an interval yet."
     said, (low, high) = f"{gap} points, 95 % interval {interval(one)}, {counted(one['seeds'], 'seed')}", one["interval"]
@@ -84,23 +88,25 @@ def _table(study: Study) -> Section:
     rows, details = [], []
     for name in order:
         arm, networks = study.arms[name], study.arms[name]["networks"]
-        label = study.title(name) + " (control)" * arm["control"] + " ★" * (name == study.control)
+        label = name + " (control)" * arm["control"] + " ★" * (name == study.control)
         whole = networks.get(ENSEMBLE, {})
         rows.append([label, spread(whole.get("accuracy")),
                      *(spread(networks.get(student, {}).get("accuracy")) for student in study.students),
                      spread(whole.get("validation_accuracy")), spread(whole.get("loss"), 1, 3),
-                     spread(whole.get("calibration_error")),
-                     f"{petaflop(arm['teacher_flops'])} + {petaflop(arm['student_flops'])}", str(len(arm["seeds"]))])
+                     spread(whole.get("calibration_error")), f"{study.cost(arm['teacher_flops']):.2f}",
+                     f"{study.cost(arm['student_flops']):.2f}", str(len(arm["seeds"]))])
         details += [[label, network, spread(one.get("accuracy")), spread(one.get("validation_accuracy")),
                      spread(one.get("loss"), 1, 3), spread(one.get("calibration_error")), f"{one['parameters']:,}"]
                     for network, one in networks.items()]
     head = ["", "ensemble", *(short(student, 24) for student in study.students), "ensemble, validation", "loss, nats",
-            "calibration error", "PFLOP", "seeds"]
+            "calibration error", "teachers' cost", "students' cost", "seeds"]
+    meant = [[name, study.arms[name]["title"], "; ".join(study.arms[name]["changes"])] for name in order]
     return Section("Arms", [
-        "Test accuracy in %, mean ± standard deviation over seeds; loss and calibration error (%) are the ensemble's. "
-        "PFLOP: what training an arm's teachers costs + what its students cost. ★: the best control."], [
+        "Test accuracy in %, mean ± standard deviation over seeds; loss and calibration error (%) are the ensemble's. Costs "
+        "are the arithmetic of training, that of the recipe's pyramid being 1. ★: the best control."], [
         Table("Every arm, the best ensemble first", head, rows,
               marked=frozenset(index for index, name in enumerate(order) if name == study.control)),
+        Table("What the arms are", ["", "what it is", "changes to the recipe"], meant, words=frozenset({0, 1, 2})),
         Table("Every network of every arm", ["", "network", "test %", "validation %", "loss, nats", "calibration error %",
                                              "parameters"], details, folded=True, words=frozenset({0, 1}))])
 
@@ -110,12 +116,12 @@ def _differences(study: Study) -> Section | None:
     if not found:
         return None
     shown = [one for one in found if one["network"] == ENSEMBLE and has_interval(one)]
-    rows = [[study.title(one["arm"]), study.title(one["against"]), one["network"], points(one["difference"]), interval(one),
+    rows = [[one["arm"], one["against"], one["network"], points(one["difference"]), interval(one),
              str(one["seeds"])] for one in found]
     table = Table("All differences, in points", ["arm", "against", "network", "difference", "95 % interval", "seeds"], rows,
                   folded=bool(shown), words=frozenset({0, 1, 2}),
                   marked=frozenset(index for index, one in enumerate(found) if one.get("decides")))
-    said = "; ".join(f"{study.title(one['arm'])} against {study.title(one['against'])} {points(one['difference'])} "
+    said = "; ".join(f"{one['arm']} against {one['against']} {points(one['difference'])} "
                      f"{interval(one)}" for one in shown)
     plot = Plot("differences", "Differences between ensembles with 95 % intervals (◆ decides)",
                 f"Differences of test accuracy in points with intervals: {said}.", partial(forest, study, shown))
@@ -124,20 +130,20 @@ def _differences(study: Study) -> Section | None:
 
 
 def _compute(study: Study) -> Section | None:
-    names = [name for name, arm in study.measured.items() if arm["teacher_flops"] is not None]
+    names = list(study.measured)
     if not names:
         return None
-    said = ", ".join(f"{study.title(name)} {petaflop(study.arms[name]['teacher_flops'])} PFLOP "
-                     f"{percent(study.accuracy(name))}" for name in names)
+    said = ", ".join(f"{name} {study.cost(study.arms[name]['teacher_flops']):.2f} {percent(study.accuracy(name))}"
+                     for name in names)
     return Section("Compute", ["What training the teachers costs, and the ensemble that comes of it. The line joins "
                                "the arms that none beats at the same or less compute."], [
-        Plot("compute", "Teachers' compute and the ensemble's accuracy", f"Points for each arm: {said}.",
-             partial(compute, study, names))])
+        Plot("compute", "Teachers' compute and the ensemble's accuracy",
+             f"Points for each arm, cost of its teachers and accuracy: {said}.", partial(compute, study, names))])
 
 
 def _readings(study: Study) -> Section:
     tree = study.tree
-    rows = [[study.title(name), teacher, percent(accuracy)] for name, arm in study.arms.items()
+    rows = [[name, teacher, percent(accuracy)] for name, arm in study.arms.items()
             for teacher, accuracy in (arm.get("teachers") or {}).items()]
     table = Table("Mean accuracy of every arm's teachers within their classes", ["arm", "teacher", "accuracy"], rows,
                   folded=True, words=frozenset({0, 1}))

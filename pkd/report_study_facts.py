@@ -37,8 +37,9 @@ class Study:
 
     @property
     def deciding(self) -> list[dict]:
-        """The differences that decide, the largest first."""
-        return sorted((one for one in self.differences if one.get("decides")), key=lambda one: -one["difference"])
+        """The differences that decide, the largest first; other controls come after all that is to be judged."""
+        return sorted((one for one in self.differences if one["decides"]),
+                      key=lambda one: (self.arms[one["arm"]]["control"], -one["difference"]))
 
     @property
     def measured(self) -> dict[str, dict]:
@@ -49,8 +50,9 @@ class Study:
         """The ensemble's mean on the test split."""
         return (self.arms[arm]["networks"].get(ENSEMBLE, {}).get("accuracy") or [None])[0]
 
-    def title(self, arm: str) -> str:
-        return str(self.arms.get(arm, {}).get("title") or arm)
+    def cost(self, flops: float) -> float:
+        """Relative to training the recipe's pyramid."""
+        return flops / self.tree["pyramid_flops"]
 
 
 def spread(pair: list | None, scale: float = 100, digits: int = 2) -> str:
@@ -71,9 +73,3 @@ def has_interval(one: dict) -> bool:
 
 def interval(one: dict) -> str:
     return f"[{points(one['interval'][0])}, {points(one['interval'][1])}]" if has_interval(one) else NOTHING
-
-
-def petaflop(number: float | None) -> str:
-    if number is None:
-        return NOTHING
-    return f"{number / 1e15:,.0f}" if number >= 1e17 else f"{number / 1e15:.3g}"

@@ -15,10 +15,10 @@ def forest(study: Study, shown: list[dict], theme: Theme) -> Figure:
     heads = []
     for other in against:
         heads.append(len(labels))
-        labels.append(f"against {short(study.title(other), 40)}")
+        labels.append(f"against {short(other, 40)}")
         for one in sorted((one for one in shown if one["against"] == other), key=lambda one: -one["difference"]):
             _row(axes, len(labels), one, theme)
-            labels.append(short(study.title(one["arm"]), 46))
+            labels.append(short(one["arm"], 46))
     axes.axvline(0, color=theme.ink, lw=1)
     axes.set_yticks(range(len(labels)), labels)
     for at in heads:
@@ -53,20 +53,19 @@ def compute(study: Study, names: list[str], theme: Theme) -> Figure:
     out = figure(10.4, max(3.6, 1.2 + 0.22 * len(names)))
     axes = out.subplots()
     names = sorted(names, key=lambda name: -study.accuracy(name))
-    at = [(study.arms[name]["teacher_flops"] / 1e15, 100 * study.accuracy(name)) for name in names]
+    at = [(study.cost(study.arms[name]["teacher_flops"]), 100 * study.accuracy(name)) for name in names]
     path = best_for_cost(at)
     axes.plot([at[i][0] for i in path], [at[i][1] for i in path], color=theme.muted, lw=1, ls="--", zorder=1)
     for number, (name, point) in enumerate(zip(names, at), 1):
         control, deviation = study.arms[name]["control"], study.arms[name]["networks"][ENSEMBLE]["accuracy"][1]
         axes.errorbar(*point, yerr=None if deviation is None else 100 * deviation, fmt="s" if control else "o", ms=13,
                       color=theme.colour(7 if control else 0), elinewidth=1.2, capsize=3, zorder=3 * number,
-                      label=f"{number}  {short(study.title(name), 38)}{' (control)' if control else ''}")
+                      label=f"{number}  {short(name, 38)}{' (control)' if control else ''}")
         axes.annotate(str(number), point, ha="center", va="center", fontsize=7.5, color=theme.surface, weight="bold",
                       zorder=3 * number + 1)
-    positive = [cost for cost, _ in at if cost > 0]
-    if positive and max(positive) > 8 * min(positive):
-        axes.set_xscale("symlog", linthresh=min(positive))
-    axes.set(xlabel="training the teachers, PFLOP", title="ensemble's test accuracy, % (mean ± sd over seeds)")
+    axes.margins(0.08, 0.12)
+    axes.set(xlabel="cost of training the teachers, the pyramid's being 1",
+             title="ensemble's test accuracy, % (mean ± sd over seeds)")
     handles, labels = axes.get_legend_handles_labels()
     out.legend([handle[0] for handle in handles], labels, loc="outside right upper", markerscale=0.6)
     return out
