@@ -26,6 +26,7 @@ COMMANDS = {
     "launch": "run or submit the phases in order, going on where the run stands",
     "status": "tell where a run stands",
     "study": "compare the recipe with its controls, arms by seeds, in one table; goes on where the study stands",
+    "report": "write a page about a run or a study, with plots",
     "bench": "measure what the teachers cost on this machine",
     "fetch": "bring the data and the pretrained weights of a recipe, where there is a network",
 }
@@ -46,8 +47,8 @@ def parser() -> argparse.ArgumentParser:
         if name in WITH_RECIPE:
             own.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with pkd")
         else:
-            own.add_argument("run", type=Path, help="the run folder" if name != "predict" else
-                             "a run folder, or what pkd export wrote")
+            own.add_argument("run", type=Path, help={"predict": "a run folder, or what pkd export wrote",
+                             "report": "the run folder or a study's"}.get(name, "the run folder"))
         if name in (*WITH_RECIPE, "evaluate"):
             own.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
         if name in (*ON_EVERY_RANK, "launch"):
@@ -73,6 +74,8 @@ def parser() -> argparse.ArgumentParser:
             own.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder")
             own.add_argument("--format", choices=tuple(FORMATS), default="safetensors", metavar="FORMAT",
                              help="; ".join(f"{form}: {text}" for form, text in FORMATS.items()))
+        if name == "report":
+            own.add_argument("--to", type=Path, metavar="FILE", help="the page (default: report.html in the folder)")
         if name == "predict":
             own.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="an image file, or a folder with images")
             own.add_argument("--top", type=_positive, default=5, metavar="K", help="so many classes an image (default: 5)")
@@ -172,6 +175,10 @@ def single(arguments: argparse.Namespace, console: Console) -> None:
         from pkd.status import status
 
         status(arguments.run, arguments.json, console)
+    elif arguments.command == "report":
+        from pkd.report import report
+
+        report(arguments.run, arguments.to, console)
     elif arguments.command == "fetch":
         from pkd.fetch import fetch
         from pkd.recipe_file import load_recipe

@@ -13,7 +13,7 @@ from pkd.ballot import Vote
 from pkd.distill_setup import Setup
 from pkd.engine import Engine
 from pkd.loss import pyramid_loss
-from pkd.metrics import peak_memory
+from pkd.metrics import busy_shares, peak_memory
 from pkd.network_file import derived_seed
 from pkd.progress import Progress
 from pkd.validate import validate
@@ -34,11 +34,14 @@ def teach_along(setup: Setup, epoch: int, first: int) -> str:
         last = setup.last_step(epoch)
         setup.compare_views(epoch)
         ballot.open(first, last)
+        began, answering = time.perf_counter(), 0.0
         for step in range(first, last):
             job.beat(f"epoch {epoch}", step)
             if setup.sends_views and not receive_views(setup, epoch, step, last):
                 break
+            asked = time.perf_counter()
             exchange.fill(epoch, step, last)  # may run ahead of the students; only sending needs their consent
+            answering += time.perf_counter() - asked
             job.watchdog.waits("the ballot of all ranks")
             if not ballot.permit(step):
                 break
@@ -47,7 +50,8 @@ def teach_along(setup: Setup, epoch: int, first: int) -> str:
             job.steady()
         votes = ballot.close()
         exchange.drain()
-        broken = -ballot.maximum([0.0, peak_memory(job.world.device), float("-inf")])[2]
+        shares = busy_shares(job.world.rank, job.world.size, answering, time.perf_counter() - began)
+        broken = -ballot.maximum([0.0, peak_memory(job.world.device), float("-inf"), *shares])[2]
         setup.refuse_broken(epoch, votes.broken, broken)
         if votes.stop:
             return "stopped"
@@ -139,8 +143,10 @@ class Distillation:
         votes = ballot.close()
         exchange.drain()
         code = -(self.broken[0] * 2**16 + self.broken[1]) if self.broken else float("-inf")
-        memory_student, memory_teacher, broken = ballot.maximum([peak_memory(self.device), 0.0, code])
+        shares = busy_shares(job.world.rank, job.world.size, sums.seconds - sums.wait, sums.seconds)
+        memory_student, memory_teacher, broken, *busy = ballot.maximum([peak_memory(self.device), 0.0, code, *shares])
         self.progress.memory = {"student": int(memory_student), "teacher": int(memory_teacher)}
+        self.progress.busy = [round(share, 4) for share in busy]
         setup.refuse_broken(epoch, votes.broken, -broken)
         return votes.stop
 

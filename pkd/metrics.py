@@ -61,6 +61,12 @@ def drop_lines_after(path: Path, step: int) -> None:
         write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
+def busy_shares(rank: int, world: int, busy: float, seconds: float) -> list[float]:
+    """busy / seconds, of this rank's epoch, at its place among zeros for all others: the maximum over ranks holds all."""
+    share = min(1.0, max(0.0, busy / max(seconds, 1e-9)))
+    return [share if other == rank else 0.0 for other in range(world)]
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: of the GPU where there is one, else of the process."""
     if device.type == "cuda":

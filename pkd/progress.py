@@ -31,6 +31,7 @@ class Progress:
         self.best: dict[str, dict] = {}  # student -> {"epoch", "accuracy", "loss"} on validation
         self.best_weights: dict[str, dict[str, torch.Tensor]] = {}  # of the group's students, on its first rank only
         self.memory: dict[str, int] = {}
+        self.busy: list[float] = []  # of each rank, its share of the epoch's time
         self.saved = time.monotonic()
         self.tracker: Tracker | None = None
         self._new_sums()
@@ -175,6 +176,7 @@ class Progress:
             "images_per_second": sums.steps * batch / max(sums.seconds, 1e-9), "seconds": sums.seconds,
             "steady_images_per_second": sums.steady_steps * batch / max(sums.steady_seconds, 1e-9),
             "wait_seconds": sums.wait, "peak_memory_bytes": self.memory,
+            "busy": self.busy,
         }
 
     def _track(self, line: dict) -> None:

@@ -12,7 +12,7 @@ from ranks import REPOSITORY, free_port, refused, run, students, trace
 from pkd.predictions import Predictions
 
 LINE = {"epoch", "step", "train", "validation", "ensemble", "learning_rate", "images_per_second", "seconds",
-        "steady_images_per_second", "wait_seconds", "peak_memory_bytes"}
+        "steady_images_per_second", "wait_seconds", "peak_memory_bytes", "busy"}
 SUMMARY = {"recipe", "identity", "seed", "world_size", "placement", "complete", "evaluated", "teachers", "students",
            "ensemble", "test_images", "test_readings", "images_per_second", "wall_seconds"}
 NETWORK = {"architecture", "library", "arguments", "width", "classes", "channels", "view_size", "input_channels",
@@ -54,6 +54,7 @@ def test_the_files_of_a_run_hold_the_keys_that_the_readme_names(evaluated, taugh
     assert [line["epoch"] for line in lines] == [0, 1] and all(set(line) == LINE for line in lines)
     assert set(lines[0]["train"]["mobile"]) == {"ce", "kl", "loss"}
     assert set(lines[0]["peak_memory_bytes"]) == {"student", "teacher"}
+    assert len(lines[0]["busy"]) == 2 and all(0 < share <= 1 for share in lines[0]["busy"])
     network = json.loads((evaluated / "students" / "mobile.json").read_text())
     assert set(network) == NETWORK | {"recipe"}
     teacher = json.loads((taught / "teachers" / "level0.json").read_text())

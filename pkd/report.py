@@ -1,0 +1,55 @@
+"""`pkd report RUN|STUDY`: one page about a run or a study, and its plots as PNGs beside it."""
+
+from pathlib import Path
+
+from pkd.console import Console
+from pkd.errors import UserError
+from pkd.files import write_bytes
+
+MARK = b'<meta name="generator" content="pkd report'  # by which an earlier report is known
+
+
+def report(path: Path, target: Path | None, console: Console) -> Path:
+    """Write the page to `target` (<path>/report.html by default), its plots into a folder of the same name without .html.
+
+    A report that is there is replaced. Raises UserError where there is nothing to report on, or something else in the way.
+    """
+    target = target or path / "report.html"
+    study, run = (path / "study.json").exists(), (path / "run.json").exists()
+    if not study and not run:
+        raise UserError(f"{path} holds neither a run (run.json) nor a study (study.json): give a folder that pkd distill or "
+                        "pkd study writes")
+    _check_target(target)
+    try:
+        from pkd.report_page import html
+        from pkd.report_style import picture
+    except ModuleNotFoundError as error:
+        raise UserError(f'pkd report needs {error.name}, which is not installed: run pip install "pkd[report]"') from None
+    if study:
+        from pkd.report_study import page_of
+    else:
+        from pkd.report_run import page_of
+    page = page_of(path)
+    pictures = {plot.name: picture(plot) for plot in page.plots}
+    write_bytes(target, html(page, pictures))
+    folder = target.with_suffix("")
+    for name, own in pictures.items():
+        write_bytes(folder / f"{name}.png", own.png)
+    for note in page.notes:
+        console.say(note)
+    console.say(f"report: {target}, {len(pictures)} plots as PNG in {folder}")
+    return target
+
+
+def _check_target(target: Path) -> None:
+    """Raises UserError where something is that is not an earlier report."""
+    if target.suffix != ".html":
+        raise UserError(f"--to is {target}, but a report is an HTML file: give a name that ends in .html")
+    if target.is_dir():
+        raise UserError(f"--to is {target}, which is a folder: give the name of a file in it")
+    folder = target.with_suffix("")
+    if target.exists() and MARK not in target.read_bytes()[:2000]:
+        raise UserError(f"{target} is there and no report of pkd: give another name with --to")
+    if not target.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}, where the plots would go, is there already and not of a report: give another name with "
+                        "--to")

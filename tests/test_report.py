@@ -1,0 +1,323 @@
+"""The page about a run or a study: what it says, what it escapes, and what a real browser makes of it."""
+
+import base64
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import xml.etree.ElementTree as xml
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from ranks import run
+
+from pkd.console import Console
+from pkd.errors import UserError
+from pkd.files import read_json, write_json
+from pkd.predictions import BINS, calibration_error
+from pkd.report import report
+from pkd.report_answers import bins, cells, confused, group_keys
+from pkd.report_facts import Teacher, gather, parents
+from pkd.report_run import page_of
+from pkd.report_study_plots import best_for_cost
+from pkd.report_style import listed, short
+from pkd.report_tree import places
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+HOSTILE = ["<script>document.title='broken'</script>", '"><img src=http://example.invalid/x onerror=alert(1)>', "</style>",
+           "$\\frac{$", "_under & over", "{{ 7 * 7 }}", "\x00\x1b[31mred", "a" * 300, "猫", "nine"]
+quiet = Console(quiet=True)
+
+
+class Tags(HTMLParser):
+    """Every element of a page with its attributes, and all of its text."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def read(path: Path) -> Tags:
+    """A report, whose every element must be harmless and whose every picture must be whole."""
+    page = Tags(path.read_text())
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "iframe", "object", "embed"})
+    for tag, attributes in page.tags:
+        assert not any(key.startswith("on") for key in attributes), (tag, attributes)
+        for key in ("src", "srcset", "href"):
+            value = attributes.get(key, "data:,")
+            assert value.startswith(("data:", "#")), value[:80]
+            if value.startswith("data:image/svg+xml;base64,"):
+                xml.fromstring(base64.b64decode(value.partition(",")[2]))
+        assert tag != "img" or len(attributes["alt"]) > 20
+    return page
+
+
+@pytest.fixture(scope="module")
+def copied(finished, tmp_path_factory) -> Path:
+    """A finished run that nobody has evaluated."""
+    folder = tmp_path_factory.mktemp("report") / "run"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("summary.json", "predictions.*", "checkpoints"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(copied) -> Path:
+    folder = copied.with_name("evaluated")
+    shutil.copytree(copied, folder)
+    run(1, "evaluate", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hostile(evaluated, taught) -> Path:
+    """The evaluated run with classes whose names are meant to break a page, and its report."""
+    folder = evaluated.with_name("hostile")
+    shutil.copytree(evaluated, folder)
+    shutil.copytree(taught / "teachers", folder / "teachers", dirs_exist_ok=True)
+    write_json(folder / "pyramid.json", {**read_json(taught / "pyramid.json"), "classes": HOSTILE})
+    record = read_json(folder / "run.json")
+    write_json(folder / "run.json", {**record, "free": {**record["free"], "teachers_from": None}})
+    return report(folder, None, quiet)
+
+
+def test_the_command_writes_one_page_and_its_plots(evaluated):
+    said = run(1, "report", evaluated)[0].out
+    assert str(evaluated / "report.html") in said.replace("\n", "")
+    page, summary = read(evaluated / "report.html"), read_json(evaluated / "summary.json")
+    names = {"curves", "speed", "pyramid", "placement", "confusion", "reliability", "agreement"}
+    assert {path.stem for path in (evaluated / "report").iterdir()} == names
+    for path in (evaluated / "report").glob("*.png"):
+        assert Image.open(path).width > 500
+    for name in ("mobile", "shuffle", "ensemble", "level1-0", "level2-2", "rank 1"):
+        assert name in page.text
+    assert f"{100 * summary['ensemble']['accuracy']:.2f} %" in page.text
+    assert 'class="notes"' not in (evaluated / "report.html").read_text(), "nothing is missing"
+
+
+def test_class_names_are_text_and_nothing_else(hostile):
+    page = read(hostile)
+    assert HOSTILE[0] in page.text and HOSTILE[2] in page.text and HOSTILE[5] in page.text
+    assert "\x00" not in page.text and "\x1b" not in page.text
+    assert [attributes for tag, attributes in page.tags if "example" in str(attributes.get("src"))] == []
+
+
+def test_a_run_that_goes_on_says_what_is_not_there_yet(copied, tmp_path):
+    assert any("run pkd evaluate" in note for note in page_of(copied).notes)
+    assert "Confusion" not in titles(copied) and {"Training", "Pyramid", "Placement"} <= titles(copied)
+    folder = tmp_path / "going"
+    shutil.copytree(copied, folder, ignore=shutil.ignore_patterns("students"))
+    write_json(folder / "state" / "distill.json", {"state": "stopped", "time": 0.0})
+    lines = (folder / "metrics.jsonl").read_text().splitlines(True)
+    (folder / "metrics.jsonl").write_text(lines[0] + lines[1][:40])  # the second is being written
+    page = read(report(folder, None, quiet))
+    assert "Distillation is not finished (stopped): epoch 1 of 2" in page.text and "1 of 2 epochs" in page.text
+    (folder / "metrics.jsonl").unlink()
+    (folder / "placement.json").unlink()
+    assert page_of(folder).notes == ["No epoch of distillation has ended yet, so there are no curves."]
+    assert titles(folder) == {"Pyramid"}
+
+
+def test_teachers_alone_and_teachers_that_are_gone(taught, evaluated, tmp_path):
+    assert titles(taught) == {"Pyramid"} and "validation split" in page_of(taught).sections[0].text[0]
+    folder = tmp_path / "alone"
+    shutil.copytree(evaluated, folder)
+    record = read_json(folder / "run.json")
+    write_json(folder / "run.json", {**record, "free": {**record["free"], "teachers_from": str(tmp_path / "gone")}})
+    facts = gather(folder)
+    assert [teacher.classes for teacher in facts.teachers[3:]] == [(0, 1, 2), (3, 4), (5, 6, 7, 8, 9)]
+    assert len(facts.classes) == 10 and all(teacher.split == "test" for teacher in facts.teachers)
+    assert titles(folder) == titles(evaluated)
+
+
+def titles(folder: Path) -> set[str]:
+    return {section.title for section in page_of(folder).sections}
+
+
+def a_study() -> dict:
+    """Two controls and two other arms, one of them with one seed only; as pkd study writes it."""
+    def arm(title, accuracy, control, seeds, flops):
+        deviation = 0.004 if len(seeds) > 1 else None
+        networks = {name: {"accuracy": [accuracy - less, deviation], "validation_accuracy": [accuracy, deviation],
+                           "loss": [1.1, 0.01], "calibration_error": [0.04, None], "parameters": 1000}
+                    for name, less in (("mobile", 0.03), ("ensemble", 0.0))}
+        return {"title": title, "changes": ["objective.kind=top"], "control": control, "seeds": seeds, "networks": networks,
+                "teacher_flops": flops, "student_flops": 2e15, "teachers": {"level0": 0.7} if flops else {}}
+
+    def difference(arm, gap, low, high, seeds):
+        return {"arm": arm, "against": "top", "network": "ensemble", "difference": gap, "interval": [low, high],
+                "seeds": seeds, "decides": True}
+    return {"recipe": "tiny", "written": 1.7e9, "classes": 100, "test_images": 2000, "seeds": [0, 1, 2], "test_readings": 10,
+            "complete": False, "missing": ["paper-seed-1", "paper-seed-2"], "world_sizes": [1], "pyramid_flops": 9e15,
+            "best_control": "top", "arms": {
+                "alone": arm("labels only", 0.66, True, [0, 1, 2], 0.0),
+                "top": arm("the top teacher <only> & nothing else", 0.68, True, [0, 1, 2], 3e15),
+                "composed": arm("the composed objective", 0.70, False, [0, 1, 2], 9e15),
+                "paper": arm("the paper's objective", 0.65, False, [0], 9e15)},
+            "differences": [difference("alone", -0.02, -0.03, 0.001, 3), difference("composed", 0.02, 0.011, 0.029, 3),
+                            difference("paper", -0.03, -0.04, -0.02, 1)]}
+
+
+def test_a_study_says_who_wins_and_by_how_much(tmp_path):
+    write_json(tmp_path / "study.json", a_study())
+    page = read(report(tmp_path, None, quiet))
+    assert {path.stem for path in (tmp_path / "report").iterdir()} == {"differences", "compute"}
+    assert 'is "top"' in page.text and "the top teacher <only> & nothing else" in page.text
+    assert '"composed" beats it: +2.00 points, 95 % interval [+1.10, +2.90], 3 seeds' in page.text
+    assert '"paper" loses to it' in page.text and '"alone" cannot be told apart' in page.text
+    assert "70.00 ± 0.40" in page.text and "+2.00 points" in page.text and "read 10 times" in page.text
+    assert "10 runs done" in page.text and "not finished: paper-seed-1, paper-seed-2" in page.text
+    assert "single seed" in page.text
+    write_json(tmp_path / "study.json", {**a_study(), "best_control": None, "differences": [], "arms": {}})
+    assert "no best control yet" in read(report(tmp_path, None, quiet)).text
+    write_json(tmp_path / "study.json", {"recipe": "tiny"})
+    with pytest.raises(UserError, match="does not describe a study"):
+        report(tmp_path, None, quiet)
+
+
+def test_nothing_but_an_earlier_report_is_replaced(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="neither a run"):
+        report(tmp_path, None, quiet)
+    write_json(tmp_path / "study.json", a_study())
+    with pytest.raises(UserError, match=r"ends in \.html"):
+        report(tmp_path, tmp_path / "page", quiet)
+    (tmp_path / "mine.html").write_text("<p>mine</p>")
+    with pytest.raises(UserError, match="no report of pkd"):
+        report(tmp_path, tmp_path / "mine.html", quiet)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "compute.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match="not of a report"):
+        report(tmp_path, tmp_path / "other.html", quiet)
+    for name in [name for name in sys.modules if name.startswith("pkd.report_")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r'needs matplotlib.*pip install "pkd\[report\]"'):
+        report(tmp_path, None, quiet)
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.fixture
+def served(hostile):
+    """The report's address on a server of this process, which keeps what it is asked for."""
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=hostile.parent)
+
+        def log_message(self, *arguments):
+            asked.append(self.path)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium: apt-get install chromium to see the page in a real browser")
+def test_a_real_browser_shows_the_page_and_asks_for_nothing_else(served, tmp_path):
+    (origin, asked), shot, log = served, tmp_path / "page.png", tmp_path / "net.json"
+    ended = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+         f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", f"--log-net-log={log}",
+         "--window-size=1200,4200", f"--screenshot={shot}", f"{origin}/report.html"],
+        capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and shot.exists(), ended.stderr[-2000:]
+    assert "CONSOLE" not in ended.stderr, ended.stderr[-2000:]
+    assert asked == ["/report.html"]
+    own = [line for line in log.read_text().splitlines() if f'"initiator":"{origin}"' in line]  # else the browser's own
+    assert not re.findall(r'"url":"(?!data:)[^"]*"', "".join(own))
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    assert pixels.shape[:2] == (4200, 1200)
+    orange = (np.abs(pixels - [0xbc, 0x4c, 0x00]).sum(2) < 12).any(1)  # a colour of the plots that the page has not
+    ink = (pixels.sum(2) < 300).any(1)
+    assert ink.sum() > 600 and orange[:2200].sum() > 50 and orange[2200:].sum() > 50
+
+
+keyed = st.integers(1, 3).flatmap(lambda depth: st.lists(
+    st.tuples(st.just(0), *[st.integers(0, 40)] * depth), min_size=1, max_size=300))
+
+
+@given(keyed, st.integers(2, 50))
+def test_cells_keep_the_order_of_the_groups_and_join_no_two_of_them(keys, most):
+    order, cell = cells(keys, most)
+    assert sorted(order) == list(range(len(keys))) and [keys[i] for i in order] == sorted(keys)
+    assert (np.diff(cell[order]) >= 0).all() and set(cell) == set(range(cell.max() + 1)) and cell.max() < most
+    depth = next(d for d in range(len(keys[0]), -1, -1) if len({key[:d] for key in keys}) <= most)
+    for index in set(cell):
+        assert len({keys[i][:depth] for i in np.flatnonzero(cell == index)}) == 1
+    said = np.random.default_rng(0).integers(0, len(keys), (2, 50))
+    counts = confused(*said, cell)
+    assert counts.sum() == 50 and counts.trace() == (cell[said[0]] == cell[said[1]]).sum()
+
+
+@given(st.lists(st.tuples(st.floats(0, 1, width=32), st.booleans()), min_size=1, max_size=60))
+def test_the_bins_of_the_diagram_make_the_calibration_error(images):
+    confidence, correct = (np.array(column) for column in zip(*images))
+    number, sure, right = bins(confidence, correct)
+    assert number.sum() == len(images) and len(number) == BINS
+    error = np.nansum(number * np.abs(sure - right)) / len(images)
+    assert error == pytest.approx(calibration_error(torch.from_numpy(confidence), torch.from_numpy(correct)), abs=1e-9)
+
+
+def teachers(counts: list[int], classes: int, seed: int) -> list[Teacher]:
+    """A pyramid with so many teachers a level, each level cut from an order of its own."""
+    chance, known = np.random.default_rng(seed), []
+    for level, count in enumerate([1, *counts]):
+        order = chance.permutation(classes) if seed % 2 else np.arange(classes)
+        known += [(level, tuple(sorted(map(int, part)))) for part in np.array_split(order, count)]
+    above = parents(known)
+    return [Teacher(f"t{i}", level, own, None if above[i] is None else f"t{above[i]}", None, "", None)
+            for i, (level, own) in enumerate(known)]
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(1, 40), max_size=4), st.integers(0, 99), st.integers(1, 40))
+def test_no_two_teachers_of_a_level_are_drawn_over_each_other(counts, seed, most):
+    pyramid = teachers(counts, 80, seed)
+    where = places(pyramid, most)
+    for one in where:
+        others = [other for other in where if other.teacher.level == one.teacher.level and other is not one]
+        assert all(abs(other.row - one.row) >= 1 for other in others)
+    rows = {one.row for one in where}
+    assert max(rows) + 1 <= max(most, 1) and min(rows) == 0
+    assert len(where) + sum(one.below for one in where) == len(pyramid)
+
+
+def test_a_teacher_hangs_below_the_smallest_one_that_knows_its_classes():
+    assert parents([(0, (0, 1, 2, 3)), (1, (0, 1, 2)), (1, (0, 1)), (2, (0, 1)), (2, (2, 3))]) == [None, 0, 0, 2, 0]
+    pyramid = [Teacher("top", 0, (0, 1, 2, 3), None, None, "", None), Teacher("a", 1, (1, 3), "top", None, "", None),
+               Teacher("b", 1, (0, 2), "top", None, "", None)]
+    assert group_keys(pyramid, 5) == [(0, 1), (0, 0), (0, 1), (0, 0), (-1, -1)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
+def test_the_line_of_compute_joins_what_nothing_beats_for_less(points):
+    path = best_for_cost(points)
+    for index, (cost, accuracy) in enumerate(points):
+        beaten = any(other[0] <= cost and other[1] >= accuracy and other != (cost, accuracy) for other in points)
+        assert ((cost, accuracy) in [points[i] for i in path]) == (not beaten), index
+
+
+@settings(max_examples=30)
+@given(st.lists(st.text(max_size=9), min_size=1, max_size=9), st.integers(12, 40))
+def test_lists_of_names_stay_on_one_line_and_short(names, most):
+    line = listed(names, most)
+    assert len(line) <= most + len(f" +{len(names)}") and line.isprintable()
+    assert short("a\nb\x00c", 10) == "a b c"
