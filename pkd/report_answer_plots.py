@@ -39,7 +39,7 @@ def confusion_matrix(predictions: Predictions, teachers: list[Teacher], classes:
                     line(at - 0.5, color=theme.ink, lw=1.4 if depth == 2 else 0.5)
     if len(counts) == len(classes) and len(counts) <= NAMED:
         names = [short(classes[index], 16) for index in order]
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+        axes.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=8)
         axes.set_yticks(range(len(names)), names, fontsize=8)
     else:
         _label_groups(axes, firsts, teachers)
@@ -82,7 +82,7 @@ def reliability(predictions: Predictions, theme: Theme) -> Figure:
                   color=theme.ink if ensemble else theme.colour(index), label=short(name, 24))
     axes.set(title="accuracy by confidence", xlabel="confidence, %", ylabel="accuracy, %", xlim=(0, 101), ylim=(0, 101))
     if len(predictions.names) <= 12:
-        axes.legend(loc="upper left")
+        axes.legend(loc="best")
     number, _, right = bins(predictions.confidence[-1].numpy(), predictions.correct[-1].numpy())
     left = 100 * np.arange(BINS) / BINS
     wrong = number * (1 - np.nan_to_num(right))
@@ -90,7 +90,7 @@ def reliability(predictions: Predictions, theme: Theme) -> Figure:
     counts.bar(left, wrong, 100 / BINS * 0.9, number - wrong, align="edge", color=theme.colour(1), hatch="////",
                label="wrong")
     counts.set(title="test images by the ensemble's confidence", xlabel="confidence, %", xlim=(0, 100))
-    counts.legend(loc="upper left")
+    counts.legend(loc="best")
     return out
 
 
