@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
 
             return start(arguments, console)
         if arguments.command == "study":
-            from pkd.study import study
+            from pkd.study.command import study
 
             return study(arguments, console)
         single(arguments, console)
@@ -176,7 +176,7 @@ def single(arguments: argparse.Namespace, console: Console) -> None:
 
         status(arguments.run, arguments.json, console)
     elif arguments.command == "report":
-        from pkd.report import report
+        from pkd.report.command import report
 
         report(arguments.run, arguments.to, console)
     elif arguments.command == "fetch":

@@ -2,13 +2,13 @@
 
 import pytest
 
-from pkd.arms import built_in, choose, level_flops, own_arm, pyramid_flops, refuse_unequal, student_flops
 from pkd.cost import network_cost
 from pkd.errors import UserError
 from pkd.objective import asked, constants
 from pkd.pyramid import build_pyramid
 from pkd.recipe_file import load_recipe
-from pkd.study_teachers import folder_name, teacher_words
+from pkd.study.arms import built_in, choose, level_flops, own_arm, pyramid_flops, refuse_unequal, student_flops
+from pkd.study.teachers import folder_name, teacher_words
 
 SHAPE = (10, 1, (8, 8))
 CLASSES = tuple("0123456789")

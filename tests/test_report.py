@@ -23,13 +23,13 @@ from pkd.console import Console
 from pkd.errors import UserError
 from pkd.files import read_json, write_json
 from pkd.predictions import BINS, calibration_error
-from pkd.report import report
-from pkd.report_answers import bins, cells, confused, group_keys
-from pkd.report_facts import Teacher, gather, parents
-from pkd.report_run import page_of
-from pkd.report_study_plots import best_for_cost
-from pkd.report_style import listed, short
-from pkd.report_tree import places
+from pkd.report.answers import bins, cells, confused, group_keys
+from pkd.report.command import report
+from pkd.report.facts import Teacher, gather, parents
+from pkd.report.run import page_of
+from pkd.report.study_plots import best_for_cost
+from pkd.report.style import listed, short
+from pkd.report.tree import places
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = ["<script>document.title='broken'</script>", '"><img src=http://example.invalid/x onerror=alert(1)>', "</style>",

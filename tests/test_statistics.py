@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pkd.statistics import crossed_bootstrap, mean_sd
+from pkd.study.statistics import crossed_bootstrap, mean_sd
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 40))
 

@@ -15,10 +15,10 @@ from pkd.cli import parse
 from pkd.console import Console
 from pkd.errors import UserError
 from pkd.lock import Lock
-from pkd.study import Study, seeds
-from pkd.study_figures import aggregate
-from pkd.study_results import packed, right
-from pkd.study_table import arms_table, differences_table, remarks
+from pkd.study.command import Study, seeds
+from pkd.study.figures import aggregate
+from pkd.study.results import packed, right
+from pkd.study.table import arms_table, differences_table, remarks
 
 IMAGES = 400
 

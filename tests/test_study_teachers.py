@@ -14,7 +14,7 @@ from pkd.pyramid import Teacher
 from pkd.recipe import Recipe
 from pkd.recipe_file import load_recipe
 from pkd.run_folder import RunFolder
-from pkd.study_teachers import hand_on
+from pkd.study.teachers import hand_on
 
 SMALL = "{name: pkd_resnet_s, width: 0.25}"
 BY_CONFUSION = f"pyramid=[{{teachers: 1, model: {SMALL}}}, {{teachers: 2, partition: confusion, model: {SMALL}}}]"

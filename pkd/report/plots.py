@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pkd.placement import Placement
-from pkd.report_style import Theme, figure, listed, short
+from pkd.report.style import Theme, figure, listed, short
 
 BARS = 32  # ranks that are shown one by one
 NAMED = 12  # networks that a legend names

@@ -5,7 +5,7 @@ from itertools import groupby
 import numpy as np
 
 from pkd.predictions import BINS, Predictions
-from pkd.report_facts import Teacher
+from pkd.report.facts import Teacher
 
 CELLS = 100  # of a confusion matrix, a side
 

@@ -2,8 +2,8 @@
 
 from matplotlib.figure import Figure
 
-from pkd.report_study_facts import ENSEMBLE, Study, interval, points
-from pkd.report_style import Theme, figure, short
+from pkd.report.study_facts import ENSEMBLE, Study, interval, points
+from pkd.report.style import Theme, figure, short
 
 
 def forest(study: Study, shown: list[dict], theme: Theme) -> Figure:

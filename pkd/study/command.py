@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pkd import slurm_chain
-from pkd.arms import Arm, built_in, choose, fitting_shards, own_arm, pyramid_flops, refuse_unequal
 from pkd.console import Console
 from pkd.data import DataSet, load_data
 from pkd.errors import UserError
@@ -20,10 +19,11 @@ from pkd.phases import run_phases
 from pkd.recipe import Recipe
 from pkd.recipe_file import identity, load_recipe
 from pkd.shipped import shipped_file
-from pkd.study_figures import aggregate
-from pkd.study_results import make_result, read_results, refuse_other, result_path
-from pkd.study_table import arms_table, differences_table, remarks
-from pkd.study_teachers import folder_name, hand_on, teacher_words
+from pkd.study.arms import Arm, built_in, choose, fitting_shards, own_arm, pyramid_flops, refuse_unequal
+from pkd.study.figures import aggregate
+from pkd.study.results import make_result, read_results, refuse_other, result_path
+from pkd.study.table import arms_table, differences_table, remarks
+from pkd.study.teachers import folder_name, hand_on, teacher_words
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from pkd.predictions import BINS, Predictions
-from pkd.report_answers import agreement_of, bins, cells, confused, group_keys
-from pkd.report_facts import Teacher
-from pkd.report_style import Theme, figure, short
+from pkd.report.answers import agreement_of, bins, cells, confused, group_keys
+from pkd.report.facts import Teacher
+from pkd.report.style import Theme, figure, short
 
 NAMED = 40  # cells of a confusion matrix that have the name of their class beside them
 NUMBERED = 15  # cells that hold their number

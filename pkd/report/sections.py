@@ -2,11 +2,11 @@
 
 from functools import partial
 
-from pkd.report_facts import Facts
-from pkd.report_page import Section, Table
-from pkd.report_plots import curves, occupation, speed
-from pkd.report_style import NOTHING, Plot, counted, percent, short
-from pkd.report_tree import places, tree
+from pkd.report.facts import Facts
+from pkd.report.page import Section, Table
+from pkd.report.plots import curves, occupation, speed
+from pkd.report.style import NOTHING, Plot, counted, percent, short
+from pkd.report.tree import places, tree
 
 
 def result(facts: Facts) -> Section | None:

@@ -4,11 +4,11 @@ import json
 import time
 from pathlib import Path
 
-from pkd.report_answer_sections import agreement, calibration, confusion
-from pkd.report_facts import Facts, gather
-from pkd.report_page import Page
-from pkd.report_sections import placement, pyramid, result, training
-from pkd.report_style import percent
+from pkd.report.answer_sections import agreement, calibration, confusion
+from pkd.report.facts import Facts, gather
+from pkd.report.page import Page
+from pkd.report.sections import placement, pyramid, result, training
+from pkd.report.style import percent
 
 
 def page_of(path: Path) -> Page:

@@ -5,8 +5,8 @@ import time
 import numpy as np
 
 from pkd.predictions import ENSEMBLE
-from pkd.statistics import crossed_bootstrap, mean_sd
-from pkd.study_results import right
+from pkd.study.results import right
+from pkd.study.statistics import crossed_bootstrap, mean_sd
 
 FIGURES = ("accuracy", "loss", "calibration_error", "validation_accuracy")
 YARDSTICK = "top"  # every arm is compared with it, and with the best control

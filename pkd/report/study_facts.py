@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pkd.report_style import NOTHING
+from pkd.report.style import NOTHING
 
 ENSEMBLE = "ensemble"
 

@@ -21,14 +21,14 @@ def report(path: Path, target: Path | None, console: Console) -> Path:
                         "pkd study writes")
     _check_target(target)
     try:
-        from pkd.report_page import html
-        from pkd.report_style import picture
+        from pkd.report.page import html
+        from pkd.report.style import picture
     except ModuleNotFoundError as error:
         raise UserError(f'pkd report needs {error.name}, which is not installed: run pip install "pkd[report]"') from None
     if study:
-        from pkd.report_study import page_of
+        from pkd.report.study import page_of
     else:
-        from pkd.report_run import page_of
+        from pkd.report.run import page_of
     page = page_of(path)
     pictures = {plot.name: picture(plot) for plot in page.plots}
     write_bytes(target, html(page, pictures))

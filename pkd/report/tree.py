@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from pkd.report_facts import Teacher
-from pkd.report_style import Theme, counted, listed, percent, short
+from pkd.report.facts import Teacher
+from pkd.report.style import Theme, counted, listed, percent, short
 
 ROWS = 40  # more are not drawn one by one
 WIDTH, LEAST, GAP = 10.4, 2.35, 0.42  # inches: of the drawing and of a column at least, and between columns

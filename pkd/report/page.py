@@ -7,9 +7,9 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from pkd import __version__
-from pkd.report_style import Picture, Plot
+from pkd.report.style import Picture, Plot
 
-TEMPLATE = Path(__file__).resolve().parent / "report_page.html"
+TEMPLATE = Path(__file__).resolve().parent / "page.html"
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from pkd.errors import UserError
 from pkd.files import read_json
-from pkd.report_page import Page, Section, Table
-from pkd.report_study_facts import ENSEMBLE, Study, has_interval, interval, points, spread
-from pkd.report_study_plots import compute, forest
-from pkd.report_style import Plot, counted, percent, short
+from pkd.report.page import Page, Section, Table
+from pkd.report.study_facts import ENSEMBLE, Study, has_interval, interval, points, spread
+from pkd.report.study_plots import compute, forest
+from pkd.report.style import Plot, counted, percent, short
 
 
 def page_of(path: Path) -> Page:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pkd.arms import Arm, level_flops, student_flops
 from pkd.data import DataSet
 from pkd.errors import UserError
 from pkd.files import read_json
 from pkd.predictions import Predictions
 from pkd.recipe import Recipe
 from pkd.recipe_file import difference, digest, identity
+from pkd.study.arms import Arm, level_flops, student_flops
 
 FIGURES = ("accuracy", "loss", "calibration_error", "validation_accuracy", "parameters")
 

@@ -2,11 +2,11 @@
 
 from functools import partial
 
-from pkd.report_answer_plots import agreement_plot, confusion_matrix, reliability
-from pkd.report_answers import agreement_of, repairs, within_groups, worst_pairs
-from pkd.report_facts import Facts
-from pkd.report_page import Section, Table
-from pkd.report_style import Plot, listed, percent, short
+from pkd.report.answer_plots import agreement_plot, confusion_matrix, reliability
+from pkd.report.answers import agreement_of, repairs, within_groups, worst_pairs
+from pkd.report.facts import Facts
+from pkd.report.page import Section, Table
+from pkd.report.style import Plot, listed, percent, short
 
 
 def confusion(facts: Facts) -> Section | None:

@@ -1,0 +1,1 @@
+"""`pkd report`: one page about a run or a study; command.py is where it begins."""
