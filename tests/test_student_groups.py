@@ -1,14 +1,20 @@
 """Groups of students with islands of their own: the same students as with fewer ranks and no groups."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import run, students, trace
+from ranks import free_port, run, students, trace
 
+from pkd.joined import Joined
+from pkd.launcher import Launch
+from pkd.recipe import Timeouts
 from pkd.schedule import student_parts
 from pkd.student_groups import Grouping
+from pkd.world import World
 
 GROUPS, DEDICATED, CO_LOCATED = "placement.student_groups=2", "placement.kind=dedicated", "placement.kind=co-located"
 
@@ -25,6 +31,36 @@ def test_every_student_sees_every_sample_on_the_ranks_of_one_group(groups, place
         assert [n for rank in island for n in range(batch)[parts[rank]]] == list(range(batch))
     for place in range(places):
         assert len({(parts[rank].start, parts[rank].stop) for rank in grouping.column(place)}) == 1
+
+
+def in_threads(ranks, action):
+    """action(world) by so many ranks at the same time, each with a world of its own in this process; by rank."""
+    port = free_port()
+
+    def rank(index):
+        world = World(Launch("plain", index, ranks, index, "127.0.0.1", port, "0", index == 0), Timeouts(start=30))
+        found = action(world)
+        world.close()
+        return found
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(rank, range(ranks)))
+
+
+def test_every_group_learns_all_students_figures_in_the_recipes_order():
+    """Five students in two groups of two ranks: three and two of them, along any dimension; nothing is nothing."""
+    grouping = Grouping(2, 4, 5)
+    whole = torch.arange(5 * 3 * 4, dtype=torch.float64).view(5, 3, 4)
+
+    def join(world):
+        joined = Joined(world, grouping)
+        place = world.rank % 2
+        own = (whole + 100 * place)[joined.own]  # other samples at the other place
+        found = joined.everyone(own.requires_grad_()), joined.everyone(own.movedim(0, 1), 1), joined.everyone(own[:, :0])
+        return [*found, joined.gather({"group": joined.group}) if place == 0 else None]
+    for rank, (first, second, empty, gathered) in enumerate(in_threads(4, join)):
+        assert torch.equal(first, whole + 100 * (rank % 2)) and not first.requires_grad
+        assert torch.equal(second, first.movedim(0, 1)) and empty.shape == (5, 0, 4)
+        assert gathered == ([{"group": 0}, {"group": 1}] if rank == 0 else None)
 
 
 def came_to(folder):

@@ -131,7 +131,7 @@ def main() -> None:
     lines = ["# Kernels of the students' step", "",
              f"Written by `tests/bench/kernels.py` on {where}, torch {torch.__version__}: {ask.rows} rows of {ask.size} "
              f"pixels, {ask.classes} classes, {ask.rounds} rounds in which every variant takes its turn; a ratio is of one "
-             "round.", "",
+             "round." + " Seconds are those that the process computed." * (device.type == "cpu"), "",
              "| students | kernels | ms a step: min | median | max | of fp32's time: min | median | max |",
              "|---|---|---|---|---|---|---|---|"]
     for nets in (STUDENTS[:1], STUDENTS[1:]):
