@@ -53,6 +53,8 @@ def write_network(path: Path, network: Network, model: Model, classes: list[str]
 def read_network(path: Path) -> tuple[Network, dict]:
     """The network of <path>.json and its weights. Raises UserError where they are missing or do not agree."""
     facts = read_json(path.with_name(path.name + ".json"))
+    if facts.get("name") != path.name:  # by which others will be written
+        raise UserError(f"{path}.json describes a network of another name, {str(facts.get('name'))[:100]!r}: restore it")
     weights = Weights(weights_of(path))
     _check_hash(weights, facts, path)
     network = rebuild(facts, path)
