@@ -8,5 +8,6 @@
 # project has not run; on a Slurm cluster slurm-deepspeed.sbatch needs neither.
 set -euo pipefail
 ranks=${1:?usage: deepspeed.sh RANKS RECIPE [key.sub=value ...]}
+trap "" TERM USR1 # until pkd listens to them
 if [[ -f .venv/bin/activate ]]; then . .venv/bin/activate; fi
 exec pkd launch "${@:2}" --on deepspeed --ranks-per-node "$ranks"

@@ -1,10 +1,11 @@
 """Save and resume, for any number of ranks and any ZeRO stage.
 
-A checkpoint `step-N/` is self-contained: fp32 weights and optimizer states by name (one file a network), every rank's
-batch statistics (likewise), whatever tensors the loop adds, `state.json`, and `sha256.json` over all of them. It is written
-in a hidden folder and appears by one rename; the last but one goes only after the next is complete. Networks are gathered
-and written one at a time, so no rank ever holds more than one network's states beside its own share. Where groups of
-students have engines of their own, the first rank of each writes what is of its students.
+A checkpoint `step-N/` is self-contained: fp32 weights and optimizer states by name (a file for each state of a network),
+every rank's batch statistics, whatever tensors the loop adds, `state.json`, and `sha256.json` over all of them. It is
+written in a hidden folder and appears by one rename; the last but one goes only after the next is complete. States are
+gathered and written, read and shared out one at a time: beside what it holds anyway, no rank ever needs more than four
+times the fp32 weights of the largest network, however many networks and states there are. Where groups of students have
+engines of their own, the first rank of each writes what is of its students.
 """
 
 import os
@@ -42,7 +43,8 @@ def save(folder: Path, step: int, engine: Engine, progress: dict, tensors: dict[
             sums[path.name] = sha256(path)
         beat()
     for index, name in enumerate(engine.names):
-        write(f"network-{name}", engine.network_state(index))
+        for key in engine.state_keys(index):
+            write(f"network-{name}-{key}", engine.network_state(index, key))
         write(f"statistics-{name}", _gather_statistics(engine, index))
     if not writer:
         return
@@ -100,13 +102,14 @@ def load(path: Path, engine: Engine) -> dict:
     saved = read_json(path / "state.json")
     own = saved["ranks"] == engine.ranks
     for index, network in enumerate(engine.names):
-        values = read_tensors(path / f"network-{network}.safetensors")
-        engine.load_network_state(index, values, saved["steps_taken"][network])
+        for key in engine.state_keys(index):
+            engine.load_network_state(index, key, read_tensors(path / f"network-{network}-{key}.safetensors"))
         values = read_tensors(path / f"statistics-{network}.safetensors")
         for name, buffer in statistics(engine.ds.module.networks[index]).items():
             of_ranks = [values[f"{rank}/{name}"] for rank in range(saved["ranks"])]
             mean = torch.stack(of_ranks).double().mean(0).to(buffer.dtype)
             buffer.data.copy_(of_ranks[dist.get_rank()] if own else mean)
+    engine.set_steps_taken([saved["steps_taken"][name] for name in engine.names])
     engine.loss_scale = saved["loss_scale"][engine.names[0]]  # one an engine; groups that are now one may have had several
     return saved["progress"]
 

@@ -71,25 +71,28 @@ class Engine:
             values = {k.removeprefix(prefix): v for k, v in weights.items()}
             self.copies[name].load_state_dict({**values, **mean_statistics(self.ds.module.networks[index])})
 
-    def network_state(self, index: int) -> dict[str, torch.Tensor]:
-        """{"weights/<parameter>", "momentum_buffer/<parameter>", ...: fp32 tensor} of one network; a collective."""
-        out, prefix = {}, f"networks.{index}."
-        for key in [state.WEIGHTS, *state_keys(self.optimizer.param_groups[index])]:
-            values = state.read(self.ds, self.optimizer, index, key)
-            out.update({f"{key}/{name.removeprefix(prefix)}": value for name, value in values.items()})
-        return out
+    def state_keys(self, index: int) -> list[str]:
+        """"weights", "momentum_buffer", ...: what a network's training state is made of, each as large as its weights."""
+        return [state.WEIGHTS, *state_keys(self.optimizer.param_groups[index])]
 
-    def load_network_state(self, index: int, saved: dict[str, torch.Tensor], steps: int) -> None:
-        """The inverse of network_state; `steps` is what steps_taken gave. A collective."""
+    def network_state(self, index: int, key: str) -> dict[str, torch.Tensor]:
+        """{parameter: fp32 tensor on the CPU} of one of a network's state_keys; a collective."""
         prefix = f"networks.{index}."
-        for key in [state.WEIGHTS, *state_keys(self.optimizer.param_groups[index])]:
-            values = {prefix + name.removeprefix(f"{key}/"): value for name, value in saved.items()
-                      if name.startswith(f"{key}/")}
-            state.write(self.ds, self.optimizer, index, key, values)
-        state.set_steps_taken(self.ds, self.optimizer, index, steps)
+        values = state.read(self.ds, self.optimizer, index, key)
+        return {name.removeprefix(prefix): value for name, value in values.items()}
+
+    def load_network_state(self, index: int, key: str, saved: dict[str, torch.Tensor]) -> None:
+        """The inverse of network_state. A collective."""
+        values = {f"networks.{index}.{name}": value for name, value in saved.items()}
+        state.write(self.ds, self.optimizer, index, key, values)
 
     def steps_taken(self) -> list[int]:
         return [state.steps_taken(self.ds, self.optimizer, index) for index in range(len(self.names))]
+
+    def set_steps_taken(self, steps: list[int]) -> None:
+        """One number a network, as steps_taken gave them."""
+        for index, own in enumerate(steps):
+            state.set_steps_taken(self.ds, self.optimizer, index, own)
 
     @property
     def loss_scale(self) -> dict[str, float] | None:

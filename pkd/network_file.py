@@ -56,6 +56,8 @@ def read_network(path: Path, stem: Path | None = None) -> tuple[Network, dict]:
     Raises UserError where they are missing or do not agree.
     """
     facts = read_json(path.with_name(path.name + ".json"))
+    if stem is None and facts.get("name") != path.name:  # by which others will be written
+        raise UserError(f"{path}.json describes a network of another name, {str(facts.get('name'))[:100]!r}: restore it")
     weights = Weights(weights_of(stem or path))
     _check_hash(weights, facts, path)
     network = rebuild(facts, path)

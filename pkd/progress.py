@@ -73,7 +73,9 @@ class Progress:
         """Take up a checkpoint, or begin; lines that a later stretch had written are dropped."""
         if path:
             saved = checkpoint.load(Path(path), self.engine)
-            self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
+            self.epoch, self.step = saved["epoch"], saved["step"]
+            # By the recipe's names: those of a file are never made into paths.
+            self.best = {name: saved["best"][name] for name in self.names if name in saved["best"]}
             self.rates.load_json(saved["rates"])
             self.sums.steps, self.sums.seconds, self.sums.wait = saved["steps"], saved["seconds"], saved["wait"]
             every = read_tensors(Path(path) / "sums.safetensors")["sums"]

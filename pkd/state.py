@@ -117,7 +117,7 @@ def _share(piece: Piece, full: list[torch.Tensor]) -> torch.Tensor:
     """This rank's share of a piece, from the parameters' values: the inverse of _join."""
     rank, ranks, size = dist.get_rank(), dist.get_world_size(), piece.masters[0].numel()
     if piece.kind == "partition":
-        return _padded(torch.cat([value.flatten() for value in full]), size * ranks)[rank * size:(rank + 1) * size]
+        return _padded(torch.cat([value.flatten() for value in full])[rank * size:(rank + 1) * size], size)
     slices = []
     for p, value in zip(piece.parameters, full):
         each = p.ds_tensor.ds_numel

@@ -226,6 +226,18 @@ def test_a_damaged_or_missing_shard_is_refused_and_filled_again(tiny, copied, on
     assert (trace(folder), students(folder)) == online[2]
 
 
+def test_a_shard_that_is_a_pickle_is_refused_unread(tiny, copied, tmp_path):
+    """Whose record has the right hash."""
+    from pkd.files import sha256
+
+    folder, teachers_from = copied("run")
+    shard = shards(folder)[0]
+    shard.write_bytes(f"cos\nmkdir\n(V{tmp_path / 'executed'}\ntR.".encode())
+    change(folder, shards=lambda old: {**old, shard.name: sha256(shard)})
+    assert shard.name in refused(1, "distill", tiny, "--run-folder", folder, teachers_from, *FINITE, ARCHIVE)
+    assert not (tmp_path / "executed").exists()
+
+
 def test_an_archive_of_other_teachers_data_or_views_is_refused_and_made_anew(tiny, copied, taught, tmp_path):
     folder, _ = copied("run")
     other = tmp_path / "others"

@@ -46,9 +46,14 @@ def steps(engine, first, last, rank):
     return losses
 
 
+def states(engine):
+    return [{f"{key}/{name}": value for key in engine.state_keys(index)
+             for name, value in engine.network_state(index, key).items()} for index in range(3)]
+
+
 def everything(engine):
     engine.refresh_copies()
-    return {"state": [engine.network_state(i) for i in range(3)], "taken": engine.steps_taken(),
+    return {"state": states(engine), "taken": engine.steps_taken(),
             "copies": {name: copy.state_dict() for name, copy in engine.copies.items()}}
 
 
@@ -85,12 +90,15 @@ def worker(rank, port, path):
              ("zero0-bf16", "zero1-bf16")]
     for before, after in pairs:
         engine = made(f"{before} to {after}", after)
-        for index in range(3):
-            engine.load_network_state(index, found[before]["state"][index], found[before]["taken"][index])
+        for index, saved in enumerate(found[before]["state"]):
+            for key in engine.state_keys(index):
+                engine.load_network_state(index, key, {name.removeprefix(f"{key}/"): value for name, value in saved.items()
+                                                       if name.startswith(f"{key}/")})
+        engine.set_steps_taken(found[before]["taken"])
         for network, statistics in zip(engine.ds.module.networks, found[before]["statistics"]):
             for name, buffer in network.named_buffers():
                 buffer.data.copy_(statistics[name])
-        again = {"state": [engine.network_state(i) for i in range(3)], "taken": engine.steps_taken()}
+        again = {"state": states(engine), "taken": engine.steps_taken()}
         found[before, after] = {"again": again, "on": steps(engine, STEPS, 2 * STEPS, rank)}
         left(engine)
     engine = made("autocast", "zero1-autocast")  # the last one: DeepSpeed remembers autocast for the whole process

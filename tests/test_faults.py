@@ -28,7 +28,7 @@ def stopped(tiny, taught, tmp_path_factory):
     return folder, start
 
 
-@pytest.mark.parametrize("name", ["network-mobile.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["network-mobile-weights.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_refused_by_its_checksum_and_the_one_before_it_used(stopped, tmp_path, name):
     folder, start = stopped
     shutil.copytree(folder / "cut", tmp_path / "run")
@@ -43,7 +43,7 @@ def test_a_damaged_checkpoint_is_refused_by_its_checksum_and_the_one_before_it_u
 def test_without_a_whole_checkpoint_the_run_is_refused_and_nothing_lost(stopped, tmp_path):
     folder, start = stopped
     shutil.copytree(folder / "cut", tmp_path / "run")
-    for path in (tmp_path / "run" / "checkpoints").glob("step-*/network-shuffle.safetensors"):
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*/network-shuffle-momentum_buffer.safetensors"):
         path.write_bytes(path.read_bytes()[:100])
     before = sorted((tmp_path / "run" / "checkpoints").rglob("*"))
     assert "no whole checkpoint is left" in refused(1, *start, "--run-folder", tmp_path / "run")

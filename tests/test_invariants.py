@@ -1,6 +1,7 @@
 """The invariants, each with real processes: several ranks, gloo, DeepSpeed's own engine."""
 
 import json
+import signal
 import time
 
 import pytest
@@ -85,16 +86,21 @@ def test_a_run_killed_before_its_first_checkpoint_comes_to_the_same_students(tin
     assert (trace(folder), students(folder)) == expected
 
 
-def test_a_killed_teaching_goes_on_to_the_same_teachers(tiny, taught, tmp_path):
-    """Invariant 6, for teach: the specialists are trained anew from their last checkpoint, bit for bit."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_or_stopped_teaching_goes_on_to_the_same_teachers(tiny, taught, tmp_path, number):
+    """Invariant 6, for teach: the specialists are trained from their last checkpoint on, bit for bit."""
     folder = tmp_path / "run"
     ranks = Ranks(2, "teach", tiny, "--run-folder", folder)
     deadline = time.monotonic() + 60
     while not list(folder.glob("teachers/level1-*.training/step-*")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    ranks.processes[1].kill()
-    assert all(one.code != 0 for one in ranks.wait())
-    assert (folder / "teachers" / "level0.json").exists()
+    ranks.processes[1].send_signal(number)
+    codes = [one.code for one in ranks.wait()]
+    if number == signal.SIGTERM:
+        assert codes == [0, 0] and json.loads((folder / "state" / "teach.json").read_text())["state"] == "stopped"
+    else:
+        assert 0 not in codes
+    assert (folder / "teachers" / "level0.json").exists() and len(list(folder.glob("teachers/level*.json"))) < 6
     run(2, "teach", tiny, "--run-folder", folder)
     assert teachers(folder) == teachers(taught)
     assert not list(folder.glob("teachers/*.training"))

@@ -35,6 +35,12 @@ def ended(process: subprocess.Popen, timeout: float = 120.0) -> tuple[int, str]:
     return process.returncode, out
 
 
+def listens(pid: int) -> bool:
+    """Whether a process does something of its own on SIGTERM."""
+    caught = Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0]
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
 def state(folder: Path) -> str:
     return json.loads((folder / "state" / "distill.json").read_text())["state"]
 
@@ -80,15 +86,36 @@ def test_a_signal_to_script_launcher_or_rank_stops_all_ranks_together_and_saved(
         assert code == 0 and students(folder) == students(finished) and trace(folder) == trace(finished), out
 
 
-@pytest.mark.parametrize(("way", "delay"), [("torchrun", 0.1), ("deepspeed", 1.5), ("torchrun", 3.0)])
+@pytest.mark.parametrize(("way", "delay"), [("torchrun", 0.0), ("deepspeed", 1.5), ("torchrun", 3.0)])
 def test_a_signal_in_the_first_seconds_stops_as_well(tiny, new_run, way, delay):
     folder, teachers_from = new_run("run")
     process = start(way, tiny, teachers_from, "--run-folder", folder, "--phases", "distill", "distill.epochs=500")
+    while not listens(process.pid):
+        time.sleep(0.001)
     time.sleep(delay)
     os.kill(process.pid, signal.SIGTERM)
     code, out = ended(process, END)
     assert code == 0 and "the same command goes on" in out, out
     assert not (folder / "checkpoints").exists() or state(folder) == "stopped"
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh", "slurm.sbatch", "slurm-deepspeed.sbatch",
+                                    "slurm-het.sbatch"])
+def test_a_signal_before_pkd_listens_does_not_end_a_script(tmp_path, script):
+    """Python may take seconds to find pkd where many nodes read one file system."""
+    slow = tmp_path / "bin" / "pkd"
+    slow.parent.mkdir()
+    slow.write_text("#!/bin/sh\necho begun\nsleep 0.3\necho $*\n")
+    slow.chmod(0o755)
+    process = subprocess.Popen(
+        ["bash", REPOSITORY / "launch" / script, *(["2"] if script.endswith(".sh") else []), "recipe.yaml"], cwd=tmp_path,
+        env={**clean_environment(), "PATH": f"{slow.parent}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "4"}, text=True,
+        stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "begun\n"
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        process.send_signal(number)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 0 and out.startswith("launch recipe.yaml --on "), out
 
 
 def test_mistakes_end_a_launch_with_code_2_before_any_rank_starts(tiny, new_run, finished):

@@ -148,6 +148,9 @@ def test_a_teacher_that_no_rank_can_hold_is_sharded_over_the_fewest_that_can_on_
     assert (top.group, top.rank, top.where) == ((4, 5, 6), 4, "ranks 4-6"), "ranks 2-4 are on two nodes"
     assert placement.shard_group(5) == top and placement.shard_group(3) is None
     assert placement.answers_for(6)[0] == "top"
+    asked = place(recipe(512, kind="dedicated", student_ranks=1, shards={"top": 2}), 6, costs, sizes,
+                  Ranks((100,) * 6, (0, 0, 1, 1, 2, 2)))
+    assert next(source.group for source in asked.sources if source.group) == (2, 3), "rank 1 has its node for itself"
 
 
 @given(data=st.data(), world=st.integers(1, 8), costs=costs_of())

@@ -206,6 +206,10 @@ class Cluster:
         """The nodes of a job that has started."""
         return self.slurm("scontrol", "show", "hostnames", self.show(job)[0]["NodeList"]).split()
 
+    def address(self, name: str) -> str:
+        """A node's own, on the network that it shares with the others."""
+        return self._hosts.addresses[name]
+
     # ---- faults
 
     def pids(self, name: str, pattern: str = "") -> list[int]:

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The whole table of faults, every signal and the soak, on virtual nodes with real Slurm daemons (root; 12, 20 and 16 minutes
-# on two quiet cores). Each part writes its page, tests/slurm/RESULTS-<part>.md.
+# The whole table of faults, every signal, what befalls jobs as a whole, and the soak, on virtual nodes with real Slurm daemons
+# (root; 12, 20, 7 and 16 minutes on two quiet cores). Each part writes its page, tests/slurm/RESULTS-<part>.md.
 #
-#   ./tests/slurm/full.sh [faults] [signals] [soak]     all three without arguments
+#   ./tests/slurm/full.sh [faults] [signals] [jobs] [soak]     all four without arguments
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 ./launch/setup.sh tests
 python=.venv/bin/python
-(($#)) || set -- faults signals soak
+(($#)) || set -- faults signals jobs soak
 for part in "$@"; do
     page=tests/slurm/RESULTS-$part.md
     cat > "$page" << END

@@ -70,7 +70,7 @@ class SlurmRun:
                 or self.cluster.restarts(self.job) > restarts
         before = self.log
         self._until(noticed, timeout, "a notice of the fault")
-        seen = time.monotonic() - began
+        seen, hit = time.monotonic() - began, max(hit, self.last_step())
 
         def goes_on() -> bool:
             found = re.findall(r"step-(\d+)", " ".join(self.log.split("resuming from")[resumed + 1:]))

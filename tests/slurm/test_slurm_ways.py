@@ -30,6 +30,16 @@ def test_each_script_gives_the_same_students(cluster, tiny, new_run, expected, s
         assert ["h100" in kind for kind in kinds] == [True, True, False, False]
 
 
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
+def test_each_script_for_one_machine_gives_the_same_students_in_an_allocation_of_one_node(cluster, tiny, new_run, expected,
+                                                                                         script):
+    folder, teachers_from = new_run("run")
+    mine = SlurmRun(cluster, folder, script, 4, tiny, teachers_from, "--phases", "distill", "placement.student_ranks=2")
+    mine.submit("--nodes=1", "--gpus-per-node=2", "--cpus-per-task=4")
+    assert mine.end() == "COMPLETED", mine.log
+    assert mine.result() == expected
+
+
 def test_launch_submits_a_chain_and_a_failed_teacher_cancels_what_waits_for_it(cluster, tiny, taught, tmp_path):
     """Also: the same command afterwards submits only what is left."""
     folder = tmp_path / "run"

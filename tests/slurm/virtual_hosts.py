@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -63,6 +64,22 @@ def read(pid: int, what: str) -> str:
 def parent(pid: int) -> int:
     found = re.search(r"PPid:\s+(\d+)", read(pid, "status"))
     return int(found[1]) if found else 0
+
+
+def listening(pid: int) -> set[str]:
+    """The addresses on which a process accepts connections, in the network namespace that it is in."""
+    own, found = set(), set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            own.add(os.readlink(entry))
+        except OSError:
+            pass  # closed meanwhile
+    for words in map(str.split, [*read(pid, "net/tcp").splitlines(), *read(pid, "net/tcp6").splitlines()]):
+        if words[3] == "0A" and f"socket:[{words[9]}]" in own:
+            number = bytes.fromhex(words[1].split(":")[0])  # in words of four bytes, each the wrong way round
+            packed = b"".join(number[at:at + 4][::-1] for at in range(0, len(number), 4))
+            found.add(socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed))
+    return found
 
 
 def send(pid: int, number: int) -> None:
