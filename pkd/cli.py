@@ -94,8 +94,8 @@ def parser() -> argparse.ArgumentParser:
                              help="slurm: an option for every job, such as --sbatch=--partition=gpu")
         if name == "study":
             own.add_argument("--seeds", default="3", help="how many, or which: 3, or 0,1,5 (default: 3)")
-            own.add_argument("--arms", metavar="A,B", help="some of alone, top, top-t20, peers, top-long, paper-plain, "
-                             "paper, composed (default: all that suit the pyramid)")
+            own.add_argument("--arms", metavar="A,B", help="some of alone, top, top-t20, peers, top-long, peers-long, "
+                             "paper-plain, paper, composed (default: all that suit the pyramid)")
             own.add_argument("--arm", action="append", default=[], metavar='NAME="key=value ..."',
                              help="an arm of your own: the recipe with these changes")
             own.add_argument("--study-folder", type=Path, help="default: studies/<name of the recipe>")

@@ -33,7 +33,7 @@ def cost_of(recipe) -> float:
 def test_students_views_and_data_are_equal_in_every_arm(changes):
     _, recipes, out = arms(*changes)
     base = load_recipe("digits", changes)
-    assert len(recipes) == 8 and not out
+    assert len(recipes) == 8 and set(out) == {"peers-long"}, "1.5 tops buy no two that are trained for longer"
     for recipe in recipes.values():
         assert all(getattr(recipe, key) == getattr(base, key) for key in EQUAL)
 
@@ -51,10 +51,12 @@ def test_every_arm_asks_what_its_name_says():
 
 
 def test_controls_cost_what_the_pyramid_costs():
-    _, recipes, _ = arms("pyramid.0.model=pkd_resnet_s", "pyramid.1.teachers=4")
+    known, recipes, _ = arms("pyramid.0.model=pkd_resnet_s", "pyramid.1.teachers=4")
     whole = cost_of(recipes["composed"])
     assert len(recipes["peers"].pyramid) == 5 and recipes["top-long"].teachers.steps > 2900
-    for name in ("peers", "top-long"):
+    assert len(recipes["peers-long"].pyramid) == 2 and recipes["peers-long"].objective.kind == "composed"
+    for name in ("peers", "top-long", "peers-long"):
+        assert known[name].control
         assert cost_of(recipes[name]) == pytest.approx(whole, rel=0.02)
     assert cost_of(recipes["alone"]) == 0 and cost_of(recipes["top"]) == pytest.approx(whole / 5, rel=0.02)
 
@@ -83,7 +85,7 @@ def test_arms_that_do_not_suit_the_pyramid_are_left_out_and_refused_when_asked_f
     with pytest.raises(UserError, match=r"composed was asked for, but pyramid\.1 overlaps"):
         choose(list(known.values()), out, [], ["composed"])
     _, _, out = arms("pyramid=[{teachers: 1, model: pkd_resnet_s}]")
-    assert set(out) == {"peers", "top-long"} and "costs 1.00 times its top" in out["peers"]
+    assert set(out) == {"peers", "top-long", "peers-long"} and "costs 1.00 times its top" in out["peers"]
 
 
 def test_arms_share_teachers_and_archives_where_these_are_the_same():

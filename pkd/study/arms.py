@@ -68,6 +68,9 @@ def built_in(recipe: Recipe, shape: Shape, classes: tuple[str, ...]) -> tuple[li
             (_as("pyramid", [alone] * count), _as("objective", {"kind": "composed"})), True),
         Arm("top-long", f"one top teacher, trained {ratio:.1f} times as long",
             (only, f"teachers.steps={long}", soft), True),
+        Arm("peers-long", f"the mean of 2 teachers that know every class, each trained {ratio / 2:.1f} times as long",
+            (_as("pyramid", [alone] * 2), f"teachers.steps={max(1, round(long / 2))}",
+             _as("objective", {"kind": "composed"})), True),
         Arm("paper-plain", "the paper's objective without its ensemble loss",
             (_as("objective", paper | {"ensemble": [0] * len(recipe.students)}),)),
         Arm("paper", "the paper's objective", (_as("objective", paper),)),
@@ -83,6 +86,8 @@ def _unsuitable(recipe: Recipe, classes: tuple[str, ...], ratio: float, count: i
         out["peers"] = f"the pyramid costs {ratio:.2f} times its top, which buys no second teacher"
     if ratio < LONGER:
         out["top-long"] = f"the pyramid costs {ratio:.2f} times its top, which buys no longer training"
+    if ratio / 2 < LONGER:
+        out["peers-long"] = f"the pyramid costs {ratio:.2f} times its top, which buys no longer training of two teachers"
     pyramid = build_pyramid(recipe.pyramid, classes, recipe.seed)
     overlap = [level for level in sorted({t.level for t in pyramid.teachers}) if not pyramid.partitions(level)]
     if overlap:
