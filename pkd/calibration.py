@@ -132,7 +132,7 @@ class _Meter:
         network = fresh(teacher.model.model_copy(update={"weights": None}), len(teacher.classes), self.job.data, 0, "timed")
         host = TeacherHost(0, {0: network}, self.views, self.device, recipe.teachers.forward == "bf16")
         images = self.views.plain(self._ids(BLOCK))
-        return [self._time(lambda: host.forward(0, images).cpu())]
+        return [self._time(lambda: host.forward(0, images))]
 
     def _train(self, key: dict) -> list[float]:
         seconds = self._steps([self.job.world.rank], key["rows"], self._time)

@@ -112,6 +112,7 @@ class Distillation:
         """Steps [first, last) of an epoch, or fewer if the ranks agree to stop; whether they did."""
         setup, job, ballot, exchange = self.setup, self.job, self.setup.ballot, self.setup.exchange
         window, sums = self.recipe.window, self.progress.sums
+        before = sums.seconds, sums.wait  # of an epoch that is gone on with
         began = time.perf_counter()
         ballot.open(first, last)
         for step in range(first, min(first + window, last)):
@@ -143,7 +144,8 @@ class Distillation:
         votes = ballot.close()
         exchange.drain()
         code = -(self.broken[0] * 2**16 + self.broken[1]) if self.broken else float("-inf")
-        shares = busy_shares(job.world.rank, job.world.size, sums.seconds - sums.wait, sums.seconds)
+        seconds, wait = sums.seconds - before[0], sums.wait - before[1]
+        shares = busy_shares(job.world.rank, job.world.size, seconds - wait, seconds)
         memory_student, memory_teacher, broken, *busy = ballot.maximum([peak_memory(self.device), 0.0, code, *shares])
         self.progress.memory = {"student": int(memory_student), "teacher": int(memory_teacher)}
         self.progress.busy = [round(share, 4) for share in busy]

@@ -99,8 +99,8 @@ def check_shards(config: dict, name: str) -> None:
     if stage(config) != 3:
         raise UserError(f"deepspeed.shards is {name}, of ZeRO {stage(config)}, which leaves a teacher's weights whole on "
                         "every rank: name a configuration of ZeRO 3, such as teacher-zero3")
-    if precision(config) != "fp32":
-        raise UserError(f"deepspeed.shards is {name}, which sets {precision(config)}, but teachers.forward decides in what "
+    if arithmetic(config) != "fp32":
+        raise UserError(f"deepspeed.shards is {name}, which sets {arithmetic(config)}, but teachers.forward decides in what "
                         "dtype teachers answer: remove it there")
 
 

@@ -34,8 +34,8 @@ class Slot:
 class Exchange:
     """labels: int64 [samples of the data set]; hosts: this rank's teachers, of each source that it belongs to.
 
-    kind: broadcast or direct. router: for `direct` with a part for each student rank. views: of this rank, where student
-    ranks send theirs. at_once: steps that teachers answer together.
+    kind: broadcast or direct. router: for `direct` with a part for each rank of a group of students. views: of this rank,
+    where student ranks send theirs. at_once: steps that teachers answer together.
     """
 
     def __init__(self, world: World, placement: Placement, schedule: Schedule, router: Router, labels: np.ndarray,

@@ -53,9 +53,9 @@ def run_phase(order: Order, phase: str) -> str:
     child = subprocess.Popen(order.command(phase), env={**os.environ, **environment(order.way, os.environ)})
     told = None  # when
     while child.poll() is None or (order.way == "deepspeed" and _ranks_alive(order, name)):
-        # Ranks that outlive DeepSpeed's launcher have lost nothing but it: they stop and save as after a signal. srun may
-        # lose a signal to ranks that are just starting, and they take several for one; torchrun would not.
-        due = told is None or (order.way.startswith("srun") and time.monotonic() - told > AGAIN)
+        # Ranks that outlive DeepSpeed's launcher have lost nothing but it: they stop and save as after a signal. Ranks that
+        # are just starting may miss a signal, and they take several for one; torchrun would not.
+        due = told is None or (order.way in ("here", "srun", "srun-deepspeed") and time.monotonic() - told > AGAIN)
         if due and (signalled.yes or child.poll() is not None) and _forward(order, name, child):
             told = time.monotonic()
         time.sleep(0.1)

@@ -66,8 +66,11 @@ class Progress:
         self.saved = time.monotonic()
 
     def _gather(self, mine):
-        self.job.watchdog.waits(self.joined.name)
-        return self.joined.gather(mine)
+        if self.setup.placement.groups > 1:
+            self.job.watchdog.waits(self.joined.name)
+        parts = self.joined.gather(mine)
+        self.job.watchdog.works()
+        return parts
 
     def restore(self, path: str | None) -> None:
         """Take up a checkpoint, or begin; lines that a later stretch had written are dropped."""

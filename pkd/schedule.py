@@ -1,9 +1,9 @@
 """Step -> global batch -> each rank's samples -> routes; pure, so that every rank knows every other rank's work.
 
 A *route* is one (sample, teacher) pair of a step. The routes of a step are ordered by source (the teacher rank that
-answers them), then the part of the batch (the student rank, where each gets only its own), then teacher, then position of
-the sample in the global batch; the soft targets of a step lie in one flat buffer in that order. So each source fills one
-contiguous slice of it, and what a source has for a student rank is contiguous, too.
+answers them), then the part of the batch (that of the student ranks which get it, where each gets only its own), then
+teacher, then position of the sample in the global batch; the soft targets of a step lie in one flat buffer in that order.
+So each source fills one contiguous slice of it, and what a source has for a student rank is contiguous, too.
 """
 
 from dataclasses import dataclass

@@ -76,7 +76,7 @@ class TeacherHost:
                 continue
             if index in self.formats:
                 form = self.formats[index]
-                logits = form.decode(form.encode(logits.cpu()))
+                logits = form.decode(form.encode(logits))
             for question, own, part in zip(questions, rows, logits.split([len(own) for own in rows])):
                 question.write(own, part)
 

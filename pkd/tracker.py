@@ -25,9 +25,11 @@ def check_tracker(kind: str | None) -> None:
 
 
 def figures(line: dict, prefix: str = "") -> dict[str, float]:
-    """A line of metrics.jsonl by names such as "validation/mobile/accuracy"."""
+    """A line of metrics.jsonl by names such as "validation/mobile/accuracy" and "busy/0"."""
     flat: dict[str, float] = {}
     for key, value in line.items():
+        if isinstance(value, list):
+            value = dict(enumerate(value))
         flat |= figures(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 

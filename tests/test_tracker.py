@@ -19,17 +19,19 @@ NUMBERS = st.integers(0, 9) | st.just(0.5)
 LEAVES = NUMBERS | st.none() | st.booleans() | st.just("text") | st.lists(NUMBERS, max_size=2)
 
 
-@given(st.recursive(NUMBERS, lambda inner: st.dictionaries(KEYS, inner, min_size=1, max_size=3)).filter(
+@given(st.recursive(NUMBERS | st.lists(NUMBERS, min_size=1, max_size=3),
+                    lambda inner: st.dictionaries(KEYS, inner, min_size=1, max_size=3)).filter(
     lambda tree: isinstance(tree, dict)))
 def test_every_figure_of_a_line_has_a_name_that_leads_to_it(line):
     def count(tree):
-        return sum(map(count, tree.values())) if isinstance(tree, dict) else 1
+        inner = tree.values() if isinstance(tree, dict) else tree
+        return sum(map(count, inner)) if isinstance(tree, (dict, list)) else 1
     flat = figures(line)
     assert len(flat) == count(line)
     for name, value in flat.items():
         node = line
         for key in name.split("/"):
-            node = node[key]
+            node = node[int(key)] if isinstance(node, list) else node[key]
         assert node == value
 
 
