@@ -200,6 +200,8 @@ def make(arguments: argparse.Namespace) -> None:
         raise UserError(f"at least {max(2, arguments.least)} designs are needed, but the {len(fonts)} fonts in "
                         f"{', '.join(map(str, arguments.fonts))} that have all {len(characters)} characters are of "
                         f"{len(found)}: install more of the packages named at the top of this script")
+    if arguments.to.exists():  # runs know their data by its contents
+        raise UserError(f"{arguments.to} is there already: delete it, or give another name with --to")
     train, test = divide(found, arguments.seed)
     for name, part in (("training", train), ("testing", test)):
         print(f"{name}: {sum(map(len, part))} fonts of {len(part)} designs: "

@@ -22,6 +22,10 @@ def export_hub(run: RunFolder, students: list[tuple[Network, dict]], folder: Pat
     """Write the folder. Raises UserError for a run that was not evaluated, for the model card states its figures."""
     if not (run.path / "summary.json").exists():
         raise UserError(f"run {run.path} has no summary.json, whose figures the model card states: run pkd evaluate first")
+    summary = read_json(run.path / "summary.json")
+    if summary["evaluated"] < run.state("distill")["time"] or "calibration_error" not in summary["ensemble"]:
+        raise UserError(f"{run.path / 'summary.json'} does not speak of the students that are there: run pkd evaluate "
+                        "again")
     names = [facts["name"] for _, facts in students]
     alone = len(names) == 1
     for network, facts in students:
@@ -29,7 +33,7 @@ def export_hub(run: RunFolder, students: list[tuple[Network, dict]], folder: Pat
     if not alone:
         write_json(folder / f"{CONFIG}.json", {"students": names, "prediction": PREDICTION,
                                                **_labels(students[0][1]["classes"])})
-    card = model_card(recipe_of(run, []), read_json(run.path / "summary.json"), [facts for _, facts in students])
+    card = model_card(recipe_of(run, []), summary, [facts for _, facts in students])
     write_bytes(folder / "README.md", card.encode())
 
 

@@ -74,7 +74,8 @@ def need(*packages: str) -> None:
         try:
             importlib.import_module(package)
         except ImportError:
-            raise UserError(f'ONNX files need {package}, which is not installed: pip install "pkd[onnx]"') from None
+            raise UserError(f"ONNX files need {package}, which is not installed: run pip install onnx onnxruntime "
+                            "onnxscript") from None
 
 
 def session(content: bytes, where: Path):

@@ -250,6 +250,8 @@ class Recipe(Section):
         names = [student.name for student in self.students]
         if len(set(names)) < len(names):
             raise ValueError(f"students' names must differ, found {names}")
+        if "ensemble" in names:
+            raise ValueError("a student is named ensemble, which all of them together are called: give it another name")
         if self.pyramid[0].partition == "confusion":
             raise ValueError("pyramid.0 is the top, which knows every class, but its partition is confusion: leave it out")
         objective, levels = self.objective, len(self.pyramid)

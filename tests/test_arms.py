@@ -124,7 +124,9 @@ def test_an_arm_of_ones_own_is_a_name_and_changes():
 
 
 @pytest.mark.parametrize(("change", "key"), [("data.seed=1", "data"), ("seed=1", "seed"), ("distill.epochs=1", "distill"),
-                                             ("views={}", "views"), ("students.0.model.width=2", "students")])
+                                             ("views={}", "views"), ("students.0.model.width=2", "students"),
+                                             ("students.0.lr=0.3", "students"),
+                                             ("deepspeed.students=zero2-bf16", "deepspeed.students")])
 def test_an_arm_may_not_change_what_students_are_and_see(change, key):
     arm = own_arm(f"mine={change}")
     with pytest.raises(UserError, match=f"arm mine changes {key}"):

@@ -108,6 +108,7 @@ def test_a_value_of_the_wrong_type_or_range_names_its_key(tmp_path, override, ke
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"students": [{"name": "a", "model": "m"}] * 2}, ["names must differ"]),
+    ({"students": [{"name": "ensemble", "model": "m"}]}, ["named ensemble"]),
     ({"objective": {"kind": "paper", "weights": [1]}}, ["objective.weights", "2 numbers", "found 1"]),
     ({"objective": {"kind": "composed", "routes": "own"}}, ["objective.routes"]),
     ({"objective": {"kind": "paper", "ensemble": [1]}}, ["objective.ensemble", "(2)", "found 1"]),

@@ -44,8 +44,8 @@ def test_what_was_right_survives_as_text(bits):
     assert right(result, "ensemble").tolist() == bits
 
 
-def test_the_best_control_is_chosen_by_validation_among_those_with_teachers():
-    arms = {"alone": (0.99, 0.99, True, 0), "top": (0.9, 0.7, True, 1), "peers": (0.6, 0.8, True, 2),
+def test_the_best_control_is_chosen_by_validation():
+    arms = {"alone": (0.99, 0.75, True, 0), "top": (0.9, 0.7, True, 1), "peers": (0.6, 0.8, True, 2),
             "composed": (0.95, 0.95, False, 2)}
     found = figures_of([made_up(arm, seed, *own) for arm, own in arms.items() for seed in (0, 1)], list(arms))
     assert found["best_control"] == "peers" and found["complete"] and found["missing"] == []
@@ -80,9 +80,12 @@ def test_nothing_finished_yet_is_no_error():
 
 def test_seeds_are_so_many_or_these():
     assert seeds("3", 5) == [5, 6, 7] and seeds("0,1,5", 9) == [0, 1, 5] and seeds("4,", 0) == [4]
-    for text in ("", "x", "0,0", "0", "-1", ",", "1,,2"):
+    for text in ("", "x", "0,0", "0", "-1", ",", "1,,2", "20240101"):
         with pytest.raises(UserError, match="--seeds is"):
             seeds(text, 0)
+
+
+pytestmark = pytest.mark.timeout(900)  # the first test waits for two starts of a whole study
 
 
 def words(tiny: Path, folder: Path) -> tuple:
@@ -116,12 +119,12 @@ def test_a_signal_stops_a_study_and_a_second_start_finishes_it(studied):
     folder, first, second = studied
     assert "the same command goes on" in first and "resuming from" in second
     found = json.loads((folder / "study.json").read_text())
-    assert found["complete"] and found["test_readings"] == 4 and found["best_control"] == "top"
+    assert found["complete"] and found["test_readings"] == 4 and found["best_control"] in ("alone", "top")
     assert {path.name for path in folder.glob("results/*")} == {
         f"{arm}-seed-{seed}.json" for arm in ("alone", "top") for seed in (0, 1)}
     assert set(found["arms"]["top"]["networks"]) == {"mobile", "shuffle", "ensemble"}
     assert found["arms"]["alone"]["teacher_flops"] == 0 < found["arms"]["top"]["teacher_flops"] < found["pyramid_flops"]
-    assert "best control by validation: top" in second and "read 4 times" in second
+    assert f"best control by validation: {found['best_control']}" in second and "read 4 times" in second
 
 
 def test_results_are_those_of_the_runs(studied):
@@ -164,7 +167,7 @@ def test_results_of_other_settings_are_refused(studied, tiny, tmp_path):
     assert "give it that name again" in refusal(*words(tiny, tmp_path))
     path = tmp_path / "results" / "mine-seed-0.json"
     path.write_text(path.read_text().replace('"arm": "alone"', '"arm": "mine"'))
-    said = refusal(*words(tiny, tmp_path), "--arm", "mine=objective.kind=alone students.0.lr=0.5")
+    said = refusal(*words(tiny, tmp_path), "--arm", "mine=objective={kind: alone, ensemble: [0.5, 0.5]}")
     assert "mine-seed-0.json is of other settings" in said and "in the recipe and" in said
     path.write_text("{}")
     assert "no result of a study" in refusal(*words(tiny, tmp_path))

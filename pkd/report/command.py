@@ -24,7 +24,8 @@ def report(path: Path, target: Path | None, console: Console) -> Path:
         from pkd.report.page import html
         from pkd.report.style import picture
     except ModuleNotFoundError as error:
-        raise UserError(f'pkd report needs {error.name}, which is not installed: run pip install "pkd[report]"') from None
+        raise UserError(f'pkd report needs {error.name}, which is not installed: run pip install matplotlib '
+                        "jinja2") from None
     if study:
         from pkd.report.study import page_of
     else:

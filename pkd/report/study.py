@@ -64,7 +64,7 @@ def _cards(study: Study) -> list[tuple[str, str]]:
 
 def _verdict(study: Study) -> Section:
     if not study.control:
-        return Section("Verdict", ["There is no best control yet: no control with teachers has a finished seed."])
+        return Section("Verdict", ["There is no best control yet: no control has a finished seed."])
     text = [f"The best control, chosen by validation accuracy of the ensemble, is \"{study.control}\"."]
     text += [_decision(study, one) for one in study.deciding] or ["Nothing has been compared with it yet."]
     return Section("Verdict", text)

@@ -127,7 +127,7 @@ def choose(known: list[Arm], left_out: dict[str, str], own: list[Arm], wanted: l
 def refuse_unequal(base: Recipe, arm: Arm, recipe: Recipe) -> None:
     """Raises UserError where an arm's students see or are something else, so that nothing could be compared."""
     both = [{"data": r.data, "views": r.views, "distill": r.distill, "seed": r.seed, "channels_last": r.channels_last,
-             "students": [(student.name, student.model) for student in r.students]} for r in (base, recipe)]
+             "students": r.students, "deepspeed.students": r.deepspeed.students} for r in (base, recipe)]
     for key in both[0]:
         if both[0][key] != both[1][key]:
             raise UserError(f"arm {arm.name} changes {key}, but the students of all arms must be alike and see the same: "

@@ -25,6 +25,8 @@ from pkd.study.results import make_result, read_results, refuse_other, result_pa
 from pkd.study.table import arms_table, differences_table, remarks
 from pkd.study.teachers import folder_name, hand_on, teacher_words
 
+MOST = 100  # seeds
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -212,6 +214,9 @@ def seeds(text: str, first: int) -> list[int]:
         parts.pop()
     if not all(part.isascii() and part.isdigit() and len(part) < 19 for part in parts):
         raise UserError(f"--seeds is {text!r}: give how many, as in --seeds 3, or which, as in --seeds 0,1,5")
+    if "," not in text and int(text) > MOST:
+        raise UserError(f"--seeds is {text!r}, which asks for so many seeds, and {MOST} are the most: write {text}, for "
+                        "that one, with the comma")
     found = list(map(int, parts)) if "," in text else list(range(first, first + int(text)))
     if not found or len(set(found)) < len(found):
         raise UserError(f"--seeds is {text!r}, which names {'a seed twice' if found else 'no seed'}: give different ones")

@@ -54,7 +54,7 @@ def _arm(own: dict[int, dict]) -> dict:
 
 
 def _best_control(arms: dict[str, dict]) -> str | None:
-    controls = [arm for arm, own in arms.items() if own["control"] and own["teacher_flops"] > 0]
+    controls = [arm for arm, own in arms.items() if own["control"]]
     most = max((len(arms[arm]["seeds"]) for arm in controls), default=0)
     return max((arm for arm in controls if len(arms[arm]["seeds"]) == most), default=None,
                key=lambda arm: arms[arm]["networks"][ENSEMBLE]["validation_accuracy"][0])
