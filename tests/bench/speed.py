@@ -222,10 +222,12 @@ def main() -> None:
             return
         equal = bench.check_equal_math()
         print("\n".join(equal), flush=True)
-        rates = take_turns(chosen, arguments.rounds, lambda text: print(text, flush=True))
-        text = page(bench, rates, equal, arguments.rounds)
-    (HERE / "RESULTS.md").write_text(text)
-    print(text)
+        rates: dict[str, list[float]] = {program.name: [] for program in chosen}
+        for number in range(arguments.rounds):  # a page after each, so that one that is ended early has figures, too
+            order = chosen if number % 2 == 0 else chosen[::-1]
+            for name, own in take_turns(order, 1, lambda text: print(text, flush=True)).items():
+                rates[name] += own
+            (HERE / "RESULTS.md").write_text(page(bench, rates, equal, number + 1))
 
 
 if __name__ == "__main__":
