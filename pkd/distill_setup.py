@@ -31,7 +31,7 @@ from pkd.student_groups import Grouping
 from pkd.targets import Unpacker
 from pkd.teacher import TeacherHost, in_dtype
 from pkd.timings import estimated, workload
-from pkd.tracker import check_tracker
+from pkd.tracker import Tracker, check_tracker
 from pkd.views import Views
 from pkd.wire import choose
 
@@ -52,7 +52,7 @@ class Setup:
             raise UserError(f"distill.batch is {recipe.distill.batch}, but there are only {len(self.schedule.samples)} "
                             "training images: lower it")
         self.epochs = recipe.distill.epochs if steps is None else self._epochs_of(steps)
-        world.first("tracker", lambda: check_tracker(recipe.tracker))
+        self.tracker = self._tracker()
         self.constants = constants(recipe, job.pyramid.levels)
         self.asked = asked(recipe.objective.kind, job.pyramid)
         self.formats = row_formats(recipe.archive, job.pyramid, self.asked, self.constants)
@@ -67,6 +67,17 @@ class Setup:
         self._join_island()
         self.exchange = self._reader() if self.archive else self._exchange()
         job.beat("placed")
+
+    def _tracker(self) -> Tracker | None:
+        """On rank 0, where the recipe asks for one. If it cannot be started, all ranks learn so."""
+        recipe, started = self.job.recipe, []
+
+        def start():
+            check_tracker(recipe.tracker)
+            if recipe.tracker:
+                started.append(Tracker(recipe.tracker, self.job.run.path, recipe))
+        self.job.world.first("tracker", start)
+        return started[0] if started else None
 
     def resume_point(self) -> dict:
         """Where to start: {"checkpoint": path or None, "epoch", "step"}; decided by rank 0."""

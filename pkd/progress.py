@@ -33,7 +33,7 @@ class Progress:
         self.memory: dict[str, int] = {}
         self.busy: list[float] = []  # of each rank, its share of the epoch's time
         self.saved = time.monotonic()
-        self.tracker: Tracker | None = None
+        self.tracker = setup.tracker
         self._new_sums()
 
     @property
@@ -89,10 +89,8 @@ class Progress:
         if self.writer:
             drop_lines_after(self.job.run.metrics, self.total_step if self.step == 0 else self.total_step - 1)
             drop_lines_after(self.job.run.steps, self.total_step - 1)
-            if self.recipe.tracker:
-                self.tracker = Tracker(self.recipe.tracker, self.job.run.path, self.recipe)
-                for line in read_lines(self.job.run.metrics):  # what it lacks, if it was not asked for from the beginning
-                    self._track(line)
+            for line in read_lines(self.job.run.metrics) if self.tracker else ():
+                self._track(line)  # unless it has it: it may not have been asked for from the beginning
 
     def end_epoch(self, scores: Scores) -> None:
         """After validation: schedules, best weights, one line of metrics, a checkpoint."""
