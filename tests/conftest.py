@@ -15,7 +15,8 @@ from ranks import run
 settings.register_profile("shared machine", deadline=None)  # an example may take long where others compute, too
 settings.load_profile("shared machine")
 
-LONGEST = ("slurm", "test_archive", "test_invariants", "test_launch")  # first, so that no worker is left with one of them
+# First, so that no worker is left with one of them.
+LONGEST = ("slurm", "test_archive", "test_invariants", "test_launch", "test_study", "test_export", "test_student_groups")
 
 
 def group(nodeid: str) -> str:
