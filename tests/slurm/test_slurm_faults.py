@@ -3,7 +3,10 @@
 import os
 import signal
 
+import pytest
 from virtual_hosts import listening
+
+pytestmark = pytest.mark.timeout(900)  # the first test waits for a whole run that nothing disturbs, too
 
 
 def test_a_preempted_job_makes_room_and_goes_on_at_the_very_step(cluster, disturbed, undisturbed):
