@@ -54,6 +54,9 @@ def recipes(folder: Path) -> dict[str, Path]:
         "pair": {"pyramid": [{"teachers": 1, "model": "resnet50"}], "students": students[:1],
                  "objective": {"kind": "top"}},
     }
+    # For the comparison of losses: at the paper's rates a rounding error of 1e-6 is one of 1e-2 after two steps.
+    slow = [{**student, "lr": student["lr"] / 100} for student in students]
+    kinds["paper-slow"] = {**kinds["paper"], "students": slow}
     kinds["pair-eager"] = {**kinds["pair"], "channels_last": False, "teachers": {**base["teachers"], "forward": "fp32"}}
     out = {}
     for name, own in kinds.items():
@@ -69,8 +72,13 @@ class Bench:
         self.folder, self.steps, self.recipes = folder, steps, recipes(folder)
         self.memory: dict[str, int] = {}
         for name, recipe in self.recipes.items():
-            Trial(folder, [str(recipe)], 2).phase("teach", run=folder / name)
+            if not self.taught(name).exists():
+                Trial(folder, [str(recipe)], 2).phase("teach", run=self.taught(name))
         self.filled = self._fill()
+
+    def taught(self, recipe: str) -> Path:
+        """The run folder with the teachers of a recipe, which those of the same teachers share."""
+        return self.folder / recipe.removesuffix("-slow")
 
     def _fill(self) -> float:
         """Images per second while the archive of the paper's pyramid is filled by two ranks, without their start."""
@@ -87,7 +95,7 @@ class Bench:
         return line["steady_images_per_second"]
 
     def _words(self, recipe: str, ranks: int, threads: int) -> list[str]:
-        return [str(self.recipes[recipe]), f"teachers_from={self.folder / recipe}", f"threads={max(1, threads // ranks)}"]
+        return [str(self.recipes[recipe]), f"teachers_from={self.taught(recipe)}", f"threads={max(1, threads // ranks)}"]
 
     def baseline(self, script: str, recipe: str, kernels: str, ranks: int, threads: int, name: str = "") -> float:
         found = self.losses_and_rate(script, recipe, kernels, ranks, threads)
@@ -117,21 +125,23 @@ class Bench:
         start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                       "--nproc_per_node", str(ranks)]
         return [*start, str(HERE / "baselines" / f"{script}.py"), str(self.recipes[recipe]), "--taught",
-                str(self.folder / recipe), "--steps", str(steps), "--threads", str(threads // ranks), "--kernels", kernels]
+                str(self.taught(recipe)), "--steps", str(steps), "--threads", str(threads // ranks), "--kernels", kernels]
 
     def check_equal_math(self) -> list[str]:
-        """The first losses of baselines and pkd, which agree as far as fp16 soft targets and 16-bit kernels let them."""
+        """The first losses of baselines and pkd, which agree as far as rounding lets them: fp16 soft targets alone differ by
+        5e-6 and the networks make it 2e-4 within two steps; half the learning rate differs by 4e-3.
+        """
         out = []
         for script, ranks in (("published_loop", 1), ("naive_ddp", 2)):
-            theirs = self.losses_and_rate(script, "paper", "ours", ranks)["losses"]
-            trial = Trial(self.folder, self._words("paper", ranks, 2), ranks)
+            theirs = self.losses_and_rate(script, "paper-slow", "ours", ranks)["losses"]
+            trial = Trial(self.folder, self._words("paper-slow", ranks, 2), ranks)
             run = self.folder / f"traced-{ranks}"
             kind = "single" if ranks == 1 else "co-located"
             trial.phase("distill", "trace=true", f"placement.kind={kind}", "--steps", "3", run=run)
             ours = [list(json.loads(line)["loss"].values()) for line in (run / "steps.jsonl").read_text().splitlines()]
             worst = float(np.abs(np.array(ours) / np.array(theirs) - 1).max())
             out.append(f"{script} and pkd on {ranks} rank(s): the first three steps' losses differ by {worst:.1e} at most")
-            if worst > 5e-3:
+            if worst > 1e-3:
                 raise RuntimeError(f"{out[-1]}: {ours} against {theirs}")
         return out
 
