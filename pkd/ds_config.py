@@ -1,5 +1,6 @@
 """DeepSpeed configurations by name (ds_configs/) or path, checked against what pkd needs and what DeepSpeed can do."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -32,10 +33,18 @@ def load_ds_config(name: str) -> dict:
 
 def import_deepspeed():
     """The module, told not to compile the shared-memory operator of its CPU back end, which takes a minute and a C++
-    compiler and is never used by training or gathering."""
+    compiler and is never used by training or gathering; nor Muon, which pkd does not use: the first engine imports it, and
+    to decorate it loads all of torch's compiler, 3 s of every rank's start."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    with contextlib.suppress(ImportError):
+        import deepspeed.runtime.zero.muon.original_muon
+    del os.environ["TORCHDYNAMO_DISABLE"]
+    if before is not None:
+        os.environ["TORCHDYNAMO_DISABLE"] = before
     return deepspeed
 
 

@@ -82,7 +82,6 @@ def _server(repository: Path) -> str:
 
 def serve(address: str) -> None:
     """Fork for each connection, until standard input ends. Returns only in a forked rank, which then runs pkd."""
-    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  (the first engine imports it, and torch's compiler)
     import torch._dynamo  # noqa: F401  (torch.optim imports it at its first step)
 
     import pkd.archive
@@ -90,7 +89,9 @@ def serve(address: str) -> None:
     import pkd.distill
     import pkd.evaluate
     import pkd.teach  # noqa: F401
+    from pkd.ds_config import import_deepspeed
 
+    import_deepspeed()
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server.bind(address)
     server.listen(64)
