@@ -15,7 +15,7 @@ from pkd.archive_shards import Shards
 from pkd.ballot import Ballot, Vote
 from pkd.cost import network_cost
 from pkd.errors import UserError
-from pkd.files import read_json, write_json
+from pkd.files import read_json, sha256, write_json
 from pkd.hardware import memory_per_rank
 from pkd.job import Job
 from pkd.network_file import read_teacher, teacher_hash
@@ -91,10 +91,16 @@ class Filling:
         if (self.folder / RECORD).exists() or len(folders(self.job.run)) == 1:
             return False
         try:
-            index, _ = fitting(self.job, self.made_of, self.layout, self.views)
+            index, record = fitting(self.job, self.made_of, self.layout, self.views)
         except UserError:
             return False
-        self.job.console.say(f"the archive in {folders(self.job.run)[index]} fits and is used: nothing is left to do")
+        folder = folders(self.job.run)[index]
+        for name, then in record["shards"].items():
+            self.job.beat("checking the archive")
+            if not (folder / name).is_file() or sha256(folder / name) != then:
+                self.job.console.say(f"the archive in {folder} is damaged ({name}): this run makes one of its own")
+                return False
+        self.job.console.say(f"the archive in {folder} fits and is used: nothing is left to do")
         return True
 
     def _prepare(self) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.table import Table
 
 from pkd.console import Console
@@ -71,11 +72,13 @@ class Trial:
             raise UserError(f"the benchmark's own pkd {phase} failed: {said[0].removeprefix('pkd: ')}")
 
     def distill(self, steps: int, *changes: str) -> dict:
-        """The last line of metrics.jsonl of a run that ends after so many steps."""
+        """The line of metrics.jsonl for the epoch of most steps, in a run that ends after so many."""
         run = Path(tempfile.mkdtemp(prefix="run-", dir=self.folder))
         try:
             self.phase("distill", *changes, "--steps", str(steps), run=run)
-            return read_lines(run / "metrics.jsonl")[-1]
+            lines = read_lines(run / "metrics.jsonl")
+            taken = np.diff([0, *(line["step"] for line in lines)])
+            return lines[int(taken.argmax())]
         finally:
             shutil.rmtree(run)
 
@@ -87,19 +90,23 @@ def bench(recipe: str, overrides: list[str], ranks: int, rounds: int, steps: int
         folder, taught = Path(temporary), Path(temporary) / "taught"
         words = [recipe, *overrides, f"teachers_from={taught}"]
         if known.teachers_from:
-            shutil.copytree(known.teachers_from, taught, ignore=shutil.ignore_patterns("checkpoints", "run.json", "lock"))
+            if not Path(known.teachers_from, "teachers").is_dir():
+                raise UserError(f"teachers_from is {known.teachers_from}, where there are no teachers: mend the path")
+            other = shutil.ignore_patterns("checkpoints", "soft-targets", "run.json", "lock")
+            shutil.copytree(known.teachers_from, taught, ignore=other)
         else:
             console.say("making teachers, trained for a few steps")
             words.extend(FEW)
             Trial(folder, [recipe, *overrides, *FEW], ranks).phase("teach", run=taught)
         trial = Trial(folder, words, ranks)
-        kinds = {"students alone": "objective.kind=alone", "online": "soft_targets=online"}
+        no_teachers = ("objective={kind: alone}", "placement.replicas={}", "placement.shards={}")
+        kinds = {"students alone": no_teachers, "online": ("soft_targets=online",)}
         if known.views.different:
             console.say("filling the archive")
             trial.phase("archive", run=taught)
-            kinds["archive"] = "soft_targets=archive"
-        programs = [Program(name, lambda change=change: trial.distill(steps, change)["steady_images_per_second"])
-                    for name, change in kinds.items()]
+            kinds["archive"] = ("soft_targets=archive",)
+        programs = [Program(name, lambda changes=changes: trial.distill(steps, *changes)["steady_images_per_second"])
+                    for name, changes in kinds.items()]
         rates = take_turns(programs, rounds, console.say)
     table = Table(title=f"{known.name} on {ranks} rank(s), {rounds} rounds of {steps} steps")
     for column in ("program", "img/s: min", "median", "max", "of students alone: min", "median", "max"):

@@ -4,6 +4,7 @@ FLOPs mispredict networks whose layers wait for memory, depthwise ones above all
 hold; the others wait, so that the seconds are those of a rank that has its cores to itself.
 """
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -57,6 +58,9 @@ def calibrated(job: Job, schedule: Schedule, views: Views, ballot: Ballot,
                 try:
                     mine[digest(key)] = meter.measure(key)
                 except torch.OutOfMemoryError:
+                    job.world.leave_island()  # of the students, if it was their step
+                    gc.collect()
+                    torch.cuda.empty_cache()
                     job.console.say(f"not timed but estimated, for lack of memory: {key['part']}")
         job.beat("timed", group="the other ranks")
     found = world.gather("calibration: figures", mine)

@@ -33,7 +33,7 @@ def save(folder: Path, step: int, engine: Engine, progress: dict, tensors: dict[
     island. gather: from those ranks' JSON-able objects to a list of all, on the one that is to finish; None on the others.
     """
     writer = dist.get_rank() == 0
-    target, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
+    target, partial, before = folder / f"step-{step}", folder / f".step-{step}.partial", folder / f".step-{step}.before"
     sums: dict[str, str] = {}
 
     def write(stem: str, values: dict[str, torch.Tensor]) -> None:
@@ -64,12 +64,14 @@ def save(folder: Path, step: int, engine: Engine, progress: dict, tensors: dict[
         for path in partial.iterdir():  # a process that was killed at this step may have left others
             if path.name not in sums and path.name != "sha256.json":
                 path.unlink()
-        shutil.rmtree(target, ignore_errors=True)  # of the same step, left by a run that was then resumed from before it
-        os.replace(partial, target)
+        if target.exists():  # of the same step: the end of an epoch is also the beginning of the next
+            shutil.rmtree(before, ignore_errors=True)
+            os.rename(target, before)
+        os.rename(partial, target)
         sync_folder(folder)
     except OSError as error:
         raise unwritable(target, error, 0) from None
-    for old in numbered(folder)[KEEP:]:
+    for old in [*numbered(folder)[KEEP:], *folder.glob(".step-*")]:  # hidden: what saves left that were killed
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -85,6 +87,9 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     Raises UserError if there are checkpoints, but none is whole.
     """
     remarks = []
+    for before in folder.glob(".step-*.before"):  # a save was killed between its two renames
+        if not (target := folder / before.name[1:].removesuffix(".before")).exists():
+            os.rename(before, target)
     for path in numbered(folder):
         damage = _damage(path)
         if damage is None:

@@ -228,7 +228,8 @@ def train(arguments: argparse.Namespace, launch: Launch) -> int:
         job.close(outcome)
         return 0
     except UserError as error:
-        _end(console, job, launch.rank == 0 or isinstance(error, LocalError), str(error), 2)
+        once_a_node = launch.local_rank == 0  # a file may be missing on some nodes only
+        _end(console, job, once_a_node or isinstance(error, LocalError), str(error), 2)
     except Exception as error:  # whatever it is, it is told once, logged whole, and ends this process
         traceback.print_exc()
         console.show_early()

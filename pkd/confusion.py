@@ -28,6 +28,12 @@ def pyramid_of(recipe: Recipe, data: DataSet, teachers: Path, partial: bool = Fa
     tree = read_json(path) if wanted and path.exists() else {}
     if tree and tree.get("grouped_by") == _hash_of_top(teachers):
         found = {number: [t["classes"] for t in tree["teachers"] if t["level"] == number] for number in wanted}
+        for number in wanted:
+            level, slack = recipe.pyramid[number], tree.get("slack", {}).get(str(number))
+            if len(found[number]) != level.teachers or slack not in (None, level.slack):
+                raise UserError(f"pyramid.{number} asks for {level.teachers} groups by confusion with slack {level.slack}, "
+                                f"but {path} holds {len(found[number])} of slack {slack}: ask for those, or leave "
+                                "teachers_from out")
     if wanted and not found and not partial:
         raise UserError(f"pyramid.{wanted[0]} is grouped by the top teacher's confusion, but {path} does not say how this "
                         "top teacher groups the classes: run pkd teach first")
@@ -58,7 +64,9 @@ def group_levels(recipe: Recipe, data: DataSet, teachers: Path, top: Network, de
         found[number] = group(seen, level.teachers, level.slack, recipe.seed)
         beat()
     whole = build_pyramid(recipe.pyramid, data.classes, recipe.seed, found)
-    write_json(teachers.parent / "pyramid.json", {**whole.to_json(), "grouped_by": _hash_of_top(teachers)})
+    slack = {str(number): recipe.pyramid[number].slack for number in found}
+    write_json(teachers.parent / "pyramid.json",
+               {**whole.to_json(), "grouped_by": _hash_of_top(teachers), "slack": slack})
 
 
 def confusion(top: Network, views: Views, data: DataSet, device: torch.device,

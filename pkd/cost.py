@@ -1,9 +1,12 @@
 """What a network's forward costs, counted layer by layer by torch on the meta device, without arithmetic."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pkd.models import build
@@ -32,6 +35,18 @@ class NetworkCost:
         return sum(layer.written for layer in self.layers)
 
 
+@contextmanager
+def _countable() -> Iterator[None]:
+    """Attention by operators that torch counts, not by the fused ones that a CPU takes for inference."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 @lru_cache(maxsize=256)
 def network_cost(model: Model, classes: int, channels: int, size: tuple[int, int]) -> NetworkCost:
     """Of `model` for views [channels, *size]. Raises UserError where the network cannot be built."""
@@ -53,7 +68,8 @@ def network_cost(model: Model, classes: int, channels: int, size: tuple[int, int
             if next(module.children(), None) is None:
                 module.register_forward_pre_hook(begin)
                 module.register_forward_hook(end)
-        network(torch.zeros((1, channels, *size), dtype=torch.uint8, device=device))
+        with _countable():
+            network(torch.zeros((1, channels, *size), dtype=torch.uint8, device=device))
     total = float(counter.get_total_flops())
     layers.append(Layer(total - sum(layer.flops for layer in layers), 0, 0, 0))  # between modules, such as attention
     return NetworkCost(tuple(layers), total, sum(parameter.numel() for parameter in network.parameters()))

@@ -1,13 +1,14 @@
 """Files that are whole or absent: written beside, synced, renamed."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pkd.errors import UserError
@@ -51,6 +52,19 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise unwritable(target, error, 0) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Processes that fill a folder by another's code, which is not made for that, do so one after the other.
+
+    Where the folder cannot be locked they do not wait: it may well hold everything and be read-only.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(folder / ".pkd.lock", "a", encoding="utf-8")), fcntl.LOCK_EX)
+        yield
 
 
 def write_json(path: Path, tree) -> None:

@@ -3,6 +3,7 @@
 import os
 import platform
 import socket
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 import psutil
@@ -19,16 +20,18 @@ class Hardware:
     device: str
     memory: int  # bytes of the device; on a CPU of the whole host, which its ranks share
     cores: str  # that this process may run on, a hexadecimal mask
+    unit: str  # which of the host's devices it is: ranks may share one
 
 
 def hardware(device: torch.device) -> Hardware:
     """This process's own."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        name, memory = properties.name, properties.total_memory
+        name, memory, unit = properties.name, properties.total_memory, str(properties.uuid)
     else:
-        name, memory = "cpu", psutil.virtual_memory().total
-    return Hardware(socket.gethostname(), os.getpid(), psutil.Process().create_time(), name, memory, f"{_cores():x}")
+        name, memory, unit = "cpu", psutil.virtual_memory().total, "cpu"
+    process = psutil.Process()
+    return Hardware(socket.gethostname(), process.pid, process.create_time(), name, memory, f"{_cores():x}", unit)
 
 
 def _cores() -> int:
@@ -54,9 +57,9 @@ def nodes(ranks: list[Hardware]) -> tuple[int, ...]:
 
 
 def memory_per_rank(ranks: list[Hardware]) -> tuple[int, ...]:
-    """Bytes that each rank may count on: ranks of one host share its memory if they run on its CPU."""
-    sharing = {host: sum(r.host == host and r.device == "cpu" for r in ranks) for host in {r.host for r in ranks}}
-    return tuple(r.memory // sharing[r.host] if r.device == "cpu" else r.memory for r in ranks)
+    """Bytes that each rank may count on: ranks on one device, such as a host's CPU, share its memory."""
+    sharing = Counter((rank.host, rank.unit) for rank in ranks)
+    return tuple(rank.memory // sharing[rank.host, rank.unit] for rank in ranks)
 
 
 def cores_per_node(ranks: list[Hardware]) -> tuple[float, ...]:

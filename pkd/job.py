@@ -108,7 +108,9 @@ class Job:
                 if store.add("abort/claims", 1) == 1:
                     self.console.error(f"pkd: {sentence}")
                     if code == 2 and self.opened:
-                        with contextlib.suppress(UserError):  # the disk may be full: then nobody can be told there
+                        # The disk may be full: then nobody can be told there. Another job's word is not overwritten.
+                        with contextlib.suppress(UserError):
+                            self.run.check_locks()
                             self.run.mark(self.name, "refused", why=sentence)
                 store.set("abort", str(code))
             self.world.leave_store(30.0 if code == 2 else 5.0)

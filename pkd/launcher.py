@@ -30,7 +30,9 @@ class Launch:
 
 def read_launch(env: Mapping[str, str]) -> Launch:
     """Raises UserError where the variables are incomplete or contradict each other."""
-    present = [key for key in TORCH if key in env]
+    srun = "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env
+    # Many batch scripts export MASTER_ADDR and MASTER_PORT, also where srun starts the ranks.
+    present = [key for key in TORCH if key in env and not (srun and key.startswith("MASTER_"))]
     if present:
         missing = [key for key in TORCH if key not in env]
         if missing:
@@ -42,13 +44,13 @@ def read_launch(env: Mapping[str, str]) -> Launch:
         agent_serves = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return Launch(by, rank, world, local, env["MASTER_ADDR"], port,
                       env.get("TORCHELASTIC_RESTART_COUNT", "0"), rank == 0 and not agent_serves)
-    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
+    if srun:
         rank, world = _number(env, "SLURM_PROCID"), _number(env, "SLURM_STEP_NUM_TASKS")
         _check(rank, world, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
         nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))
         # A restart may come while the start before still holds its port.
         step = ".".join(env.get(f"SLURM_{key}", "0") for key in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
-        return Launch("srun", rank, world, _number(env, "SLURM_LOCALID"), first_host(nodes),
+        return Launch("srun", rank, world, _number(env, "SLURM_LOCALID"), env.get("MASTER_ADDR") or first_host(nodes),
                       FIRST_PORT + zlib.crc32(step.encode()) % PORTS, env.get("SLURM_RESTART_COUNT", "0"), rank == 0,
                       int(env.get("SLURM_STEP_NUM_NODES", "1")))
     return Launch("plain", 0, 1, 0, "127.0.0.1", 0, "0", True)

@@ -46,12 +46,15 @@ def model_card(recipe: Recipe, summary: dict, students: list[dict]) -> str:
                         {"type": "ece", "value": figures["calibration_error"], "name": "Expected calibration error"}]}]}],
     }
     what = f"student {name}" if alone else f"ensemble of {len(students)} students"
+    levels = {own["level"] for own in summary["teachers"].values()}
+    source = "trained by pkd from labels only" if not levels else \
+        "distilled by pkd from one teacher that knows every class" if len(summary["teachers"]) == 1 else \
+        "distilled by pkd from a pyramid of teachers, one at the top that knows every class and others below it"
     parts = [
         "---", "# license: yours to choose; mind the licences of the data and of pretrained weights",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", "",
         f"# {recipe.name}: {what}", "",
-        f"Image classification with {len(students[0]['classes'])} classes; distilled by pkd from a pyramid of teachers, one "
-        "at the top that knows every class and specialists below it.", "",
+        f"Image classification with {len(students[0]['classes'])} classes; {source}.", "",
         "## Data", "", *_data(recipe, students[0]), "",
         "## Training", "", *_training(recipe, summary), "",
         "## Figures", "", *_figures(summary), "",

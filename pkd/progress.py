@@ -106,6 +106,7 @@ class Progress:
         terms = self.sums.means()
         cut_short = self.setup.cut_short(self.epoch)
         if self.writer:
+            self.job.run.check_locks()
             line = self._line(scores, terms)
             append_line(self.job.run.metrics, line)
             if not cut_short:  # that epoch's line is another once the run goes on, and a tracker's cannot be taken back
@@ -127,6 +128,7 @@ class Progress:
         whole = self.setup.limit is None
         self.setup.job.run.students.mkdir(exist_ok=True)
         for index, name in zip(self.joined.own, self.engine.names):
+            self.job.beat("writing students")
             network = self.engine.copies[name]
             network.load_state_dict(self.best_weights[name])
             student = self.recipe.students[index]

@@ -32,7 +32,7 @@ class RunFolder:
         Jobs that train one named teacher each may be several at a time; all others have the folder to themselves.
         """
         own = [self.path / "teachers" / f"{teacher}.lock"] if teacher else []
-        others = sorted(self.path.glob("teachers/*.lock"))
+        others = sorted(set(self.path.glob("teachers/*.lock")) - set(own))
         self.locks = [Lock(path, phase) for path in own]
         self.locks.append(Lock(self.path / "lock", phase, shared=teacher is not None, others=others))
         remarks = [lock.remark for lock in self.locks if lock.remark]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pkd.errors import UserError
+from pkd.files import one_at_a_time
 
 CIFAR = {  # fine?: folder, archive, md5, training files, test file, names, label bytes before each image
     False: ("cifar-10-batches-bin", "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530",
@@ -69,11 +70,11 @@ def download_cifar(root: Path, fine: bool) -> None:
     from pkd.vision import torchvision
 
     inside, archive, md5, *_ = CIFAR[fine]
-    if (root / inside).is_dir():
-        return
     try:
-        torchvision.datasets.utils.download_and_extract_archive(
-            f"https://www.cs.toronto.edu/~kriz/{archive}", str(root), md5=md5)
+        with one_at_a_time(root):
+            if not (root / inside).is_dir():
+                torchvision.datasets.utils.download_and_extract_archive(
+                    f"https://www.cs.toronto.edu/~kriz/{archive}", str(root), md5=md5)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{archive} could not be downloaded to {root} ({error}): fetch it where there is a network and "
                         "unpack it there") from None

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pkd.errors import UserError, nearest
+from pkd.files import one_at_a_time
 from pkd.images import ArrayImages, FileImages, read_images
 from pkd.recipe import Data
 from pkd.source_files import read_cifar, read_idx, read_npz
@@ -176,7 +177,8 @@ def _downloaded(recipe: Data, name: str, inside: str) -> Path:
     from pkd.vision import torchvision
 
     try:
-        getattr(torchvision.datasets, name)(str(_path(recipe)), download=True)
+        with one_at_a_time(_path(recipe)):
+            getattr(torchvision.datasets, name)(str(_path(recipe)), download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"data set {recipe.name} could not be downloaded to {recipe.path} ({error}): fetch it where "
                         "there is a network and set data.path") from None

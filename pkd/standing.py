@@ -53,7 +53,7 @@ def standing(path: Path) -> Standing:
         phase = "done" if evaluated else "evaluate"
     return Standing(
         phase=phase, holder=told(held[0]) if held else None, teachers=teachers, archive=archive,
-        distill=distill["state"], why=distill.get("why") or run.state("archive").get("why") or run.state("teach").get("why"),
+        distill=distill["state"], why=distill.get("why") or run.state(phase).get("why"),
         epoch=lines[-1]["epoch"] + 1 if lines else 0, epochs=recipe["distill"]["epochs"],
         checkpoint=newest.name if newest else None,
         checkpoint_age=time.time() - newest.stat().st_mtime if newest else None,

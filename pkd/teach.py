@@ -122,13 +122,16 @@ class Lesson:
         """Stretches of training, each ended by a validation."""
         every = self.settings.evaluate_every
         while self.step < self.steps:
-            stopped = self._stretch(min(self.steps, (self.step // every + 1) * every))
-            if not stopped:
+            last = min(self.steps, (self.step // every + 1) * every)
+            stopped = self._stretch(last)
+            if self.step == last:  # even if stopped: the next start goes on with the stretch that follows
                 self._validate()
             self._save()
             if stopped:
                 self.engine.close()
                 return "stopped"
+        if not self.best:  # it was stopped before its first validation, beyond what --steps asks for now
+            self._validate()
         self._finish()
         self.engine.close()
         return "finished"
@@ -146,7 +149,7 @@ class Lesson:
             job.watchdog.works()
             self._train_step(step, mine)
             self.step = step + 1
-            if ballot.after(step).save:
+            if ballot.after(step).save and self.step < last:  # else run() does, after its validation
                 self._save()
             job.steady()
             if self.leader:

@@ -56,7 +56,7 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         threading.Thread(target=self._guard_store, daemon=True, name="watchdog of the store").start()
-        tick, seen, moved, aborted = 0, -1, time.monotonic(), None
+        tick, seen, moved, aborted, code = 0, -1, time.monotonic(), None, 1
         others: dict[int, tuple[int, int]] = {}  # rank -> (count, tick) as last read
         silent: dict[int, float] = {}  # rank -> since when its thread has not ticked
         try:
@@ -64,17 +64,21 @@ class Watchdog(threading.Thread):
         except RuntimeError:
             pass
         while not self._done.is_set():
+            slept = time.monotonic()
             self._wake.wait(min(2.0, self.limit / 20))
             self._wake.clear()
             now, tick = time.monotonic(), tick + 1
+            if now - slept > self.limit / 4:  # the whole job may have been suspended, and the clock went on
+                moved, others, silent = now, {}, {}
             if self.count != seen:
                 seen, moved, others, silent = self.count, now, {}, {}
             try:
                 self._publish(tick, now - moved)
                 if self.store.check(["abort"]):
-                    aborted = aborted or now
+                    if aborted is None:
+                        aborted, code = now, int(self.store.get("abort").decode())
                     if now - aborted > GRACE:
-                        os._exit(int(self.store.get("abort").decode()))
+                        os._exit(code)
                 if self.store.check(["stop"]):
                     self.stop_requested.set()
                 self._answered = now
@@ -82,6 +86,8 @@ class Watchdog(threading.Thread):
                     continue
                 records = self._read()
             except RuntimeError:  # the store is gone; the thread that guards it will tell
+                if aborted is not None and now - aborted > GRACE:
+                    os._exit(code)
                 continue
             for rank, record in records.items():
                 before = others.get(rank)
@@ -96,8 +102,11 @@ class Watchdog(threading.Thread):
     def _guard_store(self) -> None:
         """End the process when it stands still and the store is silent; a call to a store that hangs never returns."""
         seen, moved = -1, time.monotonic()
+        now = moved
         while not self._done.wait(min(2.0, self.limit / 20)):
-            now = time.monotonic()
+            slept, now = now, time.monotonic()
+            if now - slept > self.limit / 4:  # suspended, as above
+                moved = self._answered = now
             if self.count != seen:
                 seen, moved = self.count, now
             if now - moved > self.limit and now - self._answered > self.limit:

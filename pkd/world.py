@@ -40,7 +40,8 @@ class World:
             store = getattr(self, "_local", None) or dist.HashStore()
             self._local = store
             return dist.PrefixStore(f"pkd/{launch.attempt}", store)
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(launch.address, launch.port))
+        if "GLOO_SOCKET_IFNAME" not in os.environ:
+            os.environ["GLOO_SOCKET_IFNAME"] = _interface(launch.address, launch.port)
         serve = launch.serves_store and not hasattr(self, "store")
         listener = _listen(launch) if serve else None
         try:

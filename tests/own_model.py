@@ -67,3 +67,14 @@ class Attention(torchvision.models.VisionTransformer):
         super().__init__(image_size=8, patch_size=4, num_layers=4, num_heads=4, hidden_dim=256, mlp_dim=1024,
                          num_classes=num_classes)
         nn.init.normal_(self.heads.head.weight)
+
+
+class Vision(nn.Module):
+    """torchvision's transformer under a name of one's own."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.body = torchvision.models.vit_b_32(num_classes=num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.body(images)

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -107,6 +108,12 @@ def wait_for_step(run_folder: Path, step: int, timeout: float = 90.0) -> None:
             return
         time.sleep(0.01)
     raise AssertionError(f"{run_folder} never reached step {step}")
+
+
+def listens(pid: int) -> bool:
+    """Whether a process does something of its own on SIGTERM."""
+    caught = Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0]
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def trace(run_folder: Path) -> list[dict]:

@@ -134,6 +134,12 @@ def test_an_archive_serves_other_runs_that_use_its_teachers(tiny, archived, tmp_
     assert "fits and is used" in run(1, "archive", *words)[0].out
     assert "soft targets are read from" in run(1, "distill", *words, ARCHIVE)[0].out
     assert not (tmp_path / "run" / "soft-targets").exists()
+    damaged = shards(archived[0])[0]
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1])
+    said = run(1, "archive", *words)[0].out
+    assert f"is damaged ({damaged.name})" in said and record(tmp_path / "run")["complete"]
+    damaged.write_bytes(content)
 
 
 # ---- invariant 7: whole or absent, going on where it was

@@ -1,8 +1,10 @@
 """`pkd bench`: programs take turns, and are compared run by run."""
 
+import json
+
 from ranks import refused, run
 
-from pkd.bench import Program, ratio, spread, take_turns
+from pkd.bench import Program, Trial, ratio, spread, take_turns
 
 
 def test_programs_take_turns_forwards_and_backwards_and_ratios_are_of_one_round():
@@ -19,7 +21,7 @@ def test_programs_take_turns_forwards_and_backwards_and_ratios_are_of_one_round(
 
 def test_bench_compares_students_alone_teachers_and_archive_and_leaves_nothing(tiny, taught, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in taught.rglob("*")}
-    said = run(1, "bench", tiny, f"teachers_from={taught}", "views.finite=2", "--rounds", 1, "--steps", 4,
+    said = run(1, "bench", tiny, f"teachers_from={taught}", "views.finite=2", "--rounds", 1, "--steps", 12,
                env=lambda rank: {"TMPDIR": str(tmp_path)})[0].out
     line = next(line for line in said.splitlines() if line.startswith("round 1 of 1"))
     assert all(f"{name} " in line for name in ("students alone", "online", "archive")) and "0.0 img/s" not in line.split()
@@ -30,3 +32,13 @@ def test_bench_compares_students_alone_teachers_and_archive_and_leaves_nothing(t
 def test_a_bench_that_cannot_run_says_why_in_one_sentence(tiny, tmp_path):
     said = refused(1, "bench", tiny, "objective.kind=composed", "pyramid.1.classes=[[0,1,2]]", "--rounds", 1)
     assert "pyramid.1" in said
+    assert "no teachers" in refused(1, "bench", tiny, f"teachers_from={tmp_path / 'nothing'}")
+
+
+def test_a_run_is_judged_by_its_epoch_of_most_steps(tmp_path, monkeypatch):
+    lines = [{"step": step, "rate": rate} for step, rate in ((3, 1), (14, 2), (15, 3))]
+
+    def phase(self, phase, *changes, run):
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(Trial, "phase", phase)
+    assert Trial(tmp_path, [], 1).distill(15) == lines[1]

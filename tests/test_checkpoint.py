@@ -1,4 +1,4 @@
-"""What a rank needs in memory while it saves and resumes, as the kernel counts it."""
+"""What a rank needs in memory while it saves and resumes, as the kernel counts it; a save that is killed."""
 
 import json
 import os
@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from ranks import free_port
+
+from pkd import checkpoint
+from pkd.files import sha256, write_json
 
 PEAK = Path("/proc/self/clear_refs")
 STAGES = ("zero1", "zero3")
@@ -26,7 +29,6 @@ def peak_of(action) -> int:
 
 def measured(folder: Path, stage: str, device: torch.device) -> dict:
     """Of one rank of the current island: an ensemble is saved and read back."""
-    from pkd import checkpoint
     from pkd.ds_config import load_ds_config
     from pkd.engine import Engine
     from pkd.models import build
@@ -63,6 +65,22 @@ def worker(rank: int, port: int, folder: Path) -> None:
         world.leave_island()
     (folder / f"found-{rank}").write_text(json.dumps(found))
     world.close()
+
+
+def whole(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    write_json(folder / "state.json", {})
+    write_json(folder / "sha256.json", {"state.json": sha256(folder / "state.json")})
+
+
+def test_a_save_that_is_killed_between_its_renames_loses_nothing(tmp_path):
+    """A step is saved twice where an epoch ends; then the first one is set aside until the second is in its place."""
+    whole(tmp_path / ".step-7.before")
+    whole(tmp_path / ".step-7.partial")
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step-7", [])
+    assert not (tmp_path / ".step-7.before").exists()
+    whole(tmp_path / ".step-7.before")
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step-7", []) and (tmp_path / ".step-7.before").exists()
 
 
 @pytest.mark.skipif(not os.access(PEAK, os.W_OK), reason="the kernel does not tell a process's peak of memory")

@@ -58,6 +58,11 @@ def test_teach_trains_the_top_groups_the_classes_and_trains_the_specialists(tiny
     whole = tmp_path / "whole"
     run(2, "teach", tiny, "--run-folder", whole, *LEVELS)
     assert json.loads((whole / "pyramid.json").read_text()) == tree
+    for before, after, sentence in (("teachers: 4", "teachers: 3", "asks for 3 groups"),
+                                    ("slack: 0.5", "slack: 1", "with slack 1.0")):
+        other = (LEVELS[0], LEVELS[1].replace(before, after), f"teachers_from={whole}")
+        said = refused(1, "distill", tiny, "--run-folder", tmp_path / after[:5], *other)
+        assert sentence in said and "holds 4 of slack 0.5" in said
 
 
 def test_the_top_comes_first_in_a_chain_of_jobs(tiny, tmp_path):

@@ -26,6 +26,12 @@ def test_flops_between_modules_are_counted_too():
     assert cost.layers[-1].flops > 0 and sum(layer.flops for layer in cost.layers) == pytest.approx(cost.flops)
 
 
+def test_a_transformer_of_ones_own_costs_what_torchvisions_does():
+    """It is counted on the CPU, where attention has fused operators for inference."""
+    own, same = (network_cost(Model(name=name), 10, 3, (224, 224)) for name in ("own_model:Vision", "vit_b_32"))
+    assert own.flops == same.flops and own.parameters == same.parameters
+
+
 def test_a_depthwise_network_waits_for_memory_more_than_its_flops_say():
     mobile, residual = (network_cost(Model(name=name), 1000, 3, (224, 224)) for name in ("mobilenet_v2", "resnet18"))
     h200 = DEVICES["h200"]

@@ -103,6 +103,17 @@ def test_a_store_that_hangs_is_named(tiny, new_run):
     assert "pkd: hang: rank" in out and "the store does not answer" in out, out
 
 
+def test_a_job_that_is_suspended_and_resumed_is_no_hang(tiny, new_run):
+    """As by `scontrol suspend`, for longer than the limit."""
+    folder, ranks = start(tiny, new_run)
+    wait_for_step(folder, 3)
+    for number in (signal.SIGSTOP, signal.SIGCONT, signal.SIGTERM):
+        for process in ranks.processes:
+            process.send_signal(number)
+        time.sleep(LIMIT + 2 if number == signal.SIGSTOP else 1)
+    assert [one.code for one in ranks.wait()] == [0, 0, 0]
+
+
 def test_a_long_validation_that_moves_is_no_hang(tiny, new_run):
     """Three times the limit, with progress all along; the teacher only waits meanwhile."""
     folder, _ = new_run("run")

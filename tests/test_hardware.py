@@ -7,17 +7,20 @@ from pkd.hardware import Hardware, cores_per_node, hardware, known_ranks, memory
 GIB = 2**30
 
 
-def rank(host: str, device: str = "cpu", memory: int = 64 * GIB, cores: str = "f") -> Hardware:
-    return Hardware(host, 1, 0.0, device, memory, cores)
+def rank(host: str, device: str = "cpu", memory: int = 64 * GIB, cores: str = "f", unit: str = "cpu") -> Hardware:
+    return Hardware(host, 1, 0.0, device, memory, cores, unit)
 
 
 def test_nodes_are_numbered_as_ranks_first_name_them():
     assert nodes([rank("b"), rank("b"), rank("a"), rank("b"), rank("c")]) == (0, 0, 1, 0, 2)
 
 
-def test_ranks_on_one_hosts_cpu_share_its_memory_and_gpus_have_their_own():
-    mixed = [rank("a"), rank("a"), rank("b", "H100", 80 * GIB), rank("b", "H100", 80 * GIB), rank("c")]
-    assert memory_per_rank(mixed) == (32 * GIB, 32 * GIB, 80 * GIB, 80 * GIB, 64 * GIB)
+def test_ranks_on_one_device_share_its_memory():
+    """A host's CPU is one device; of its GPUs each is."""
+    first, second = (dict(device="H100", memory=80 * GIB, unit=unit) for unit in ("GPU-1", "GPU-2"))
+    mixed = [rank("a"), rank("a"), rank("b", **first), rank("b", **second), rank("c"), rank("c", **first),
+             rank("d", **second), rank("d", **second)]
+    assert memory_per_rank(mixed) == tuple(GIB * n for n in (32, 32, 80, 80, 64, 80, 40, 40))
 
 
 def test_a_nodes_cores_are_those_that_any_of_its_ranks_may_use():

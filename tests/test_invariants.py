@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import Ranks, run, students, teachers, trace, wait_for_step
+from ranks import Ranks, listens, run, students, teachers, trace, wait_for_step
 
 from pkd.files import sha256, write_json
 from pkd.tensor_file import read_tensors
@@ -106,6 +106,20 @@ def test_a_killed_or_stopped_teaching_goes_on_to_the_same_teachers(tiny, taught,
     run(2, "teach", tiny, "--run-folder", folder)
     assert teachers(folder) == teachers(taught)
     assert not list(folder.glob("teachers/*.training"))
+
+
+def test_a_teaching_stopped_where_it_would_have_ended_ends_at_its_next_start(tiny, tmp_path):
+    """Its only validation comes with the stop; also with fewer --steps than were taken."""
+    for more, steps in ((("teachers.steps=2",), ()), ((), ("--steps", 1))):
+        start = ("teach", tiny, "--run-folder", tmp_path / f"{len(steps)}", "--teacher", "level0", *more)
+        ranks = Ranks(1, *start)
+        while not listens(ranks.processes[0].pid):
+            time.sleep(0.001)
+        ranks.processes[0].send_signal(signal.SIGTERM)
+        assert ranks.wait()[0].code == 0 and not list(tmp_path.glob(f"{len(steps)}/teachers/level0.json"))
+        run(1, *start, *steps)
+        facts = json.loads((tmp_path / f"{len(steps)}" / "teachers" / "level0.json").read_text())
+        assert 1 < facts["steps"] == facts["validation"]["step"] < 30
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import REPOSITORY, clean_environment, refused, run, students, trace, wait_for_step
+from ranks import REPOSITORY, clean_environment, listens, refused, run, students, trace, wait_for_step
 
 BIN = Path(sys.executable).parent
 SCRIPTS = {"torchrun": REPOSITORY / "launch" / "torchrun.sh", "deepspeed": REPOSITORY / "launch" / "deepspeed.sh"}
@@ -33,12 +33,6 @@ def ended(process: subprocess.Popen, timeout: float = 120.0) -> tuple[int, str]:
         except ProcessLookupError:
             pass
     return process.returncode, out
-
-
-def listens(pid: int) -> bool:
-    """Whether a process does something of its own on SIGTERM."""
-    caught = Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0]
-    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def state(folder: Path) -> str:

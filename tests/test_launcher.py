@@ -33,6 +33,13 @@ def test_srun_is_read_from_the_step_not_the_job():
     assert len(others) > 15, "steps of one job must not meet on one port"
 
 
+def test_a_master_address_of_a_batch_script_serves_under_srun():
+    """Many export it, and a port, without starting torchrun or deepspeed."""
+    launch = read_launch({**SRUN, "MASTER_ADDR": "gpu08-ib", "MASTER_PORT": "29500"})
+    assert (launch.by, launch.address, launch.port) == ("srun", "gpu08-ib", read_launch(SRUN).port)
+    assert read_launch({**SRUN, **TORCHRUN}).by == "torchrun", "started by srun itself"
+
+
 def test_a_batch_script_without_srun_is_a_plain_start():
     assert read_launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}).world_size == 1
     plain = read_launch({})

@@ -56,7 +56,9 @@ def _cards(study: Study) -> list[tuple[str, str]]:
     if study.control in measured:
         cards.append((percent(study.accuracy(study.control)),
                       f"best control, chosen by validation: {study.control}"))
-    for one in [one for one in study.deciding if not study.arms[one["arm"]]["control"]][:1]:
+    judged = [one for one in study.deciding if not study.arms[one["arm"]]["control"]]
+    judged.sort(key=lambda one: -study.arms[one["arm"]]["networks"][ENSEMBLE]["validation_accuracy"][0])
+    for one in judged[:1]:
         cards.append((f"{points(one['difference'])} points",
                       f"{one['arm']} against the best control, 95 % interval {interval(one)}"))
     return cards

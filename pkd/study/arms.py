@@ -135,8 +135,8 @@ def refuse_unequal(base: Recipe, arm: Arm, recipe: Recipe) -> None:
 
 
 def fitting_shards(recipe: Recipe) -> tuple[str, ...]:
-    """A change that leaves teachers out of placement.shards which an arm does not have."""
-    names = teacher_names(recipe.pyramid)
+    """A change that leaves teachers out of placement.shards which an arm does not ask."""
+    names = {"alone": [], "top": ["level0"]}.get(recipe.objective.kind, teacher_names(recipe.pyramid))
     kept = {name: ranks for name, ranks in recipe.placement.shards.items() if name in names}
     return (_as("placement.shards", kept),) if kept != recipe.placement.shards else ()
 

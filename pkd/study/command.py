@@ -70,7 +70,10 @@ class Study:
             check_plan(trial.recipe, self.ranks)
 
     def _trial(self, arm: Arm, seed: int) -> Trial:
-        words = [self.arguments.recipe, *self.arguments.overrides, *arm.changes, f"seed={seed}"]
+        # What an arm sets as a whole may have fewer parts than a word of the user's names, such as pyramid.1.teachers.
+        whole = tuple(change.partition("=")[0] + "." for change in arm.changes)
+        kept = [word for word in self.arguments.overrides if not word.partition("=")[0].startswith(whole)]
+        words = [self.arguments.recipe, *kept, *arm.changes, f"seed={seed}"]
         recipe = load_recipe(words[0], words[1:])
         refuse_unequal(self.base.model_copy(update={"seed": seed}), arm, recipe)
         # Students of all arms see equally large batches a rank, with teachers, without, and from the archive.

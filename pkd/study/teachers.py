@@ -12,7 +12,7 @@ from pkd.data import DataSet
 from pkd.files import read_json, write_bytes, write_json
 from pkd.network_file import copy_network, teacher_identity
 from pkd.objective import constants
-from pkd.pyramid import Teacher
+from pkd.pyramid import Teacher, teacher_names
 from pkd.recipe import Recipe
 from pkd.recipe_file import digest, identity
 from pkd.run_folder import RunFolder
@@ -54,7 +54,7 @@ def hand_on(path: Path, recipe: Recipe, data: DataSet) -> list[str]:
         if not waiting_levels(recipe):
             write_json(path / "pyramid.json", pyramid.to_json())
             break
-        if len(pyramid.teachers) > 1 or not _take_groups(path, others):
+        if len(pyramid.teachers) == len(teacher_names(recipe.pyramid)) or not _take_groups(path, others):
             break
     for lock in run.locks:
         lock.release()
