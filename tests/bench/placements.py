@@ -1,6 +1,6 @@
 """Predicted against measured step time, and `auto` against placements made by hand, by real runs on this machine's cores.
 
-PYTHONPATH=tests python tests/bench/placements.py FOLDER     two minutes a case on two quiet cores; writes
+PYTHONPATH=tests python tests/bench/placements.py FOLDER     three minutes a case on two quiet cores; writes
 RESULTS-placements.md beside itself, with the planner's own figures on worlds that are not here
 """
 
@@ -8,6 +8,7 @@ import json
 import os
 import statistics
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from pkd.plan import plan
 from pkd.recipe_file import load_recipe
 
 HERE = Path(__file__).resolve().parent
-EPOCHS = 4  # of 25 steps; the first is not counted
+ROUNDS, EPOCHS = 3, 3  # epochs of 25 steps; the first is not counted
+AUTO = "placement.kind=auto"
 TWO = ("placement.kind=dedicated", "placement.kind=co-located")
 THREE, FOUR = (("placement.kind=co-located",
                 *(f"placement={{kind: dedicated, student_ranks: {n}}}" for n in range(1, world))) for world in (3, 4))
@@ -49,29 +51,57 @@ def recipe_file(folder: Path) -> Path:
     return path
 
 
-def measured(world: int, recipe: Path, folder: Path, taught: Path, *words: str) -> float:
-    """Median milliseconds of a step, over the epochs after the first."""
-    run(world, "distill", recipe, "--run-folder", folder, f"teachers_from={taught}", *words, timeout=250)
+def distilled(world: int, recipe: Path, folder: Path, taught: Path, timed: Path, *words) -> None:
+    """timed: where the times of parts are kept."""
+    run(world, "distill", recipe, "--run-folder", folder, f"teachers_from={taught}", *words, timeout=250,
+        env=lambda rank: {"XDG_CACHE_HOME": str(timed)})
+
+
+def step_of(folder: Path) -> float:
+    """Median milliseconds of a run's steps, over the epochs after the first."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return statistics.median(1000 * 64 / line["images_per_second"] for line in lines[1:])
 
 
 def case(name: str, recipe: Path, folder: Path) -> tuple[list[str], float]:
     """Rows of the table, and auto's step over the best by hand."""
-    world, changes, placements = CASES[name]
-    taught = folder / f"{name} teachers".replace(" ", "-")
+    world, changes, by_hand = CASES[name]
+    folder = folder / name.replace(" ", "-")
+    taught = folder / "teachers"
     run(1, "teach", recipe, "--run-folder", taught, *changes, timeout=250)
-    steps, rows = {}, []
-    for index, wish in enumerate(("placement.kind=auto", *placements)):
-        steps[wish] = measured(world, recipe, folder / f"{name}-{index}".replace(" ", "-"), taught, *changes, wish)
-        found = plan(load_recipe(str(recipe), [*changes, wish]), world, Console(quiet=True))
-        placement = found["placement"]
+    placements: dict[str, dict] = {}  # as JSON -> what the planner says of it; the same one may be auto's and one by hand
+    steps: dict[str, list[float]] = defaultdict(list)
+    predicted: dict[str, list[float]] = defaultdict(list)
+    chosen, hand = [], set()
+    for number in range(ROUNDS):
+        timed = folder / f"timed-{number}"  # parts are timed in each round anew
+        os.environ["XDG_CACHE_HOME"] = str(timed)
+        distilled(world, recipe, folder / f"timing-{number}", taught, timed, *changes, AUTO, "--steps", 1)
+        wishes = {}
+        for wish in (AUTO, *by_hand):
+            found = plan(load_recipe(str(recipe), [*changes, wish]), world, Console(quiet=True))
+            key = json.dumps(found["placement"], sort_keys=True)
+            placements[key] = found["placement"]
+            predicted[key].append(found["step_ms"])
+            wishes.setdefault(key, wish)
+            chosen += [key] * (wish == AUTO)
+            hand |= {key} if wish != AUTO else set()
+        for key in list(wishes) if number % 2 == 0 else list(wishes)[::-1]:
+            to = folder / f"{number}-{list(wishes).index(key)}"
+            distilled(world, recipe, to, taught, timed, *changes, wishes[key])
+            steps[key].append(step_of(to))
+            print(name, number, wishes[key], f"{predicted[key][-1]:.0f} {steps[key][-1]:.0f}", flush=True)
+    rows = []
+    for key, placement in placements.items():
         hosts = ", ".join("+".join(source["teachers"]) for source in placement["sources"])
-        rows.append(f"| {name} | `{wish.removeprefix('placement.').removeprefix('placement=')}` | {placement['kind']}, "
-                    f"{placement['student_ranks']} of {world} train; {hosts} | {found['step_ms']:.1f} | {steps[wish]:.1f} | "
-                    f"{100 * (found['step_ms'] / steps[wish] - 1):+.0f} % |")
+        by = " and ".join([f"auto ({chosen.count(key)} of {ROUNDS})"] * (key in chosen) + ["hand"] * (key in hand))
+        guess, real = statistics.median(predicted[key]), statistics.median(steps[key])
+        cells = (name, by, f"{placement['kind']}, {placement['student_ranks']} of {world} train; {hosts}", f"{guess:.1f}",
+                 f"{real:.1f}", f"{min(steps[key]):.1f} to {max(steps[key]):.1f}", f"{100 * (guess / real - 1):+.0f} %")
+        rows.append("| " + " | ".join(cells) + " |")
         print(rows[-1], flush=True)
-    return rows, steps["placement.kind=auto"] / min(steps[wish] for wish in placements)
+    best = min(statistics.median(steps[key]) for key in hand)
+    return rows, statistics.mean(statistics.median(steps[key]) for key in chosen) / best
 
 
 def main(folder: Path, names: list[str]) -> None:
@@ -83,9 +113,9 @@ def main(folder: Path, names: list[str]) -> None:
     (HERE / "RESULTS-placements.md").write_text("\n".join([
         "# Placements: predicted and measured", "",
         f"Written by `tests/bench/placements.py` on {os.cpu_count()} CPU cores, torch {torch.__version__}, ranks of one "
-        f"thread each: {EPOCHS} epochs of 25 steps of 64 views of 32 pixels, the first not counted, medians of the others. "
-        "Parts are timed once, by the first run of a case.", "",
-        "| case | placement | who is where | predicted ms | measured ms | off by |", "|---|---|---|---|---|---|",
+        f"thread each. {ROUNDS} rounds; in each, all parts are timed anew and every placement runs {EPOCHS} epochs of 25 "
+        "steps of 64 views of 32 pixels, the first not counted; medians over rounds, of medians over epochs.", "",
+        "| case | by | who is where | predicted ms | measured ms | of rounds | off by |", "|---|---|---|---|---|---|---|",
         *(row for rows, _ in found.values() for row in rows), "",
         "| case | auto / best by hand |", "|---|---|",
         *(f"| {name} | {over:.3f} |" for name, (_, over) in found.items()), "",
