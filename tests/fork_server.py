@@ -7,6 +7,7 @@ imports are done (a signal in the first seconds, DeepSpeed's chatter) is tested 
 
 import atexit
 import functools
+import gc
 import json
 import os
 import runpy
@@ -92,6 +93,7 @@ def serve(address: str) -> None:
     from pkd.ds_config import import_deepspeed
 
     import_deepspeed()
+    gc.freeze()  # or every rank's collector, and its end, would look at all that was imported, and so copy it
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server.bind(address)
     server.listen(64)
