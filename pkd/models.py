@@ -24,6 +24,7 @@ from pkd.vision import torchvision
 from pkd.weights_file import Weights, is_weights_file
 
 TORCHVISION_MODELS = frozenset(torchvision.models.list_models(module=torchvision.models))
+_tried: set[tuple] = set()
 _AUXILIARY = ("googlenet", "inception_v3")  # in training these return several outputs unless told otherwise
 
 
@@ -227,8 +228,12 @@ def _per_channel(model: Model, key: str, channels: int) -> tuple[float, ...]:
 def _try(network: Network, model: Model, classes: int, channels: int, size: tuple[int, int]) -> None:
     """One forward of two images in eval mode.
 
-    On the meta device, where it costs nothing, for networks known to work there; for real where it is the user's code.
+    On the meta device, where it needs no memory, for networks known to work there; for real where it is the user's code.
+    What was tried by this process is not tried again.
     """
+    tried = model.model_dump_json(exclude={"weights"}), classes, channels, tuple(size)
+    if tried in _tried:
+        return
     network.eval()
     device, state = "cpu", {}
     if ":" not in model.name:
@@ -247,6 +252,7 @@ def _try(network: Network, model: Model, classes: int, channels: int, size: tupl
         found = f"{type(logits).__name__} {list(getattr(logits, 'shape', []))}"
         raise UserError(f"model {model.name!r} returned a {found} for 2 images and {classes} classes: it must return a "
                         f"tensor [2, {classes}]")
+    _tried.add(tried)
 
 
 def read_weights(model: Model) -> dict[str, Tensor]:

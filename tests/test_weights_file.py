@@ -72,7 +72,7 @@ def test_a_teacher_in_several_files_teaches_the_same_whole_and_in_shards(tiny, t
     index = write_weights(stem, tensors, most=max(tensor.nbytes for tensor in tensors.values()))
     facts = json.loads((mine / "teachers" / "level0.json").read_text())
     write_json(mine / "teachers" / "level0.json", {**facts, "sha256": Weights(index).sha256()})
-    for world, place in ((2, ()), (3, ("placement={student_ranks: 1, shards: {level0: 2}}",))):
+    for world, place in ((2, ("placement.student_ranks=1",)), (3, ("placement={student_ranks: 1, shards: {level0: 2}}",))):
         folder = tmp_path / f"of-{world}"
         run(world, "distill", tiny, "--run-folder", folder, f"teachers_from={mine}", *place)
         assert trace(folder) == trace(finished) and students(folder) == students(finished)
