@@ -1,5 +1,6 @@
 """Invariant 5: what hangs is named by group, step, role and rank, within the limit; what moves is left alone."""
 
+import json
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import time
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from ranks import REPOSITORY, Ranks, clean_environment, run, wait_for_step
@@ -30,6 +32,10 @@ def others_end(ranks: Ranks, victim: int, within: float = LIMIT + 8) -> str:
                      r"anybody's progress; (.*); raise timeouts.step", said)
     assert hang, said
     return hang
+
+
+def running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def start(tiny, new_run, *words, env=lambda rank: {}, cwds=None):
@@ -96,8 +102,11 @@ def test_a_store_that_hangs_is_named(tiny, new_run):
          str(folder), teachers_from, f"timeouts={{start: 40, step: {LIMIT}}}"], cwd=REPOSITORY, env=clean_environment(),
         text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wait_for_step(folder, 3)
+    ranks = [rank["pid"] for rank in json.loads((folder / "ranks" / "distill.json").read_text())["ranks"]]
     agent.send_signal(signal.SIGSTOP)
-    time.sleep(LIMIT + 12)
+    deadline = time.monotonic() + LIMIT + 20
+    while any(running(pid) for pid in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
     agent.kill()
     out, _ = agent.communicate(timeout=20)
     assert "pkd: hang: rank" in out and "the store does not answer" in out, out
