@@ -35,11 +35,12 @@ def test_a_signal(cluster, disturbed, undisturbed, record, script, target, numbe
 
 @pytest.mark.parametrize("script", ["slurm.sbatch", "slurm-deepspeed.sbatch"])
 def test_the_time_limit(cluster, tiny, taught, tmp_path, record, script):
-    """A run of several limits: Slurm sends --signal, up to a minute early, and the job queues itself again each time."""
+    """A run of several limits: Slurm sends --signal, up to a minute early, and the job queues itself again each time.
+    Of the two minutes at least half a minute is left to train in."""
     words = (tiny, f"teachers_from={taught}", "--phases", "distill", *LONG, "distill.epochs=40")
     whole = SlurmRun(cluster, tmp_path / "whole", "slurm.sbatch", *words).submit()
     assert whole.end(400) == "COMPLETED", whole.log
-    mine = SlurmRun(cluster, tmp_path / "mine", script, *words).submit("--time=2", "--signal=USR1@75")
+    mine = SlurmRun(cluster, tmp_path / "mine", script, *words).submit("--time=2", "--signal=USR1@30")
     assert mine.end(800) == "COMPLETED", mine.log
     same, restarts = mine.result() == whole.result(), cluster.restarts(mine.job)
     record(f"time limit, {script}: {restarts} times", **{
