@@ -34,7 +34,7 @@ def load_ds_config(name: str) -> dict:
 def import_deepspeed():
     """The module, told not to compile the shared-memory operator of its CPU back end, which takes a minute and a C++
     compiler and is never used by training or gathering; nor Muon, which pkd does not use: the first engine imports it, and
-    to decorate it loads all of torch's compiler, 3 s of every rank's start."""
+    to decorate it loads all of torch's compiler, seconds of every rank's start."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

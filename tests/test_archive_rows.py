@@ -43,9 +43,6 @@ def test_a_tolerance_forgives_last_bits_and_nothing_else(wish):
     assert compare(row, stored, far, 0.02)[0].nonzero().tolist() == [[7]]
 
 
-# ---- launch and status
-
-
 @given(labels=st.lists(st.integers(0, 6), min_size=1, max_size=700), own=st.booleans(), drop=st.integers(0, 3))
 @settings(deadline=None, max_examples=60)
 def test_every_soft_target_has_one_place_and_no_place_is_empty(labels, own, drop):

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -110,6 +111,22 @@ def test_a_store_that_hangs_is_named(tiny, new_run):
     agent.kill()
     out, _ = agent.communicate(timeout=20)
     assert "pkd: hang: rank" in out and "the store does not answer" in out, out
+
+
+def test_a_rank_that_waits_while_it_is_suspended_is_no_hang():
+    """Its count stands still before and after; the time of which it knows nothing does not count, the rest does."""
+    program = ("import sys; import torch.distributed as dist; from pkd.watchdog import Watchdog\n"
+               "watchdog = Watchdog(dist.HashStore(), 0, 1, 'student', 3.0, print); watchdog.beat('waiting', 1)\n"
+               "print('begun', flush=True); watchdog.start(); watchdog.join(60)")
+    process = subprocess.Popen([sys.executable, "-c", program], env=clean_environment(), text=True, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    process.send_signal(signal.SIGCONT)
+    resumed = time.monotonic()
+    assert process.wait(30) == 3 and time.monotonic() - resumed > 2
+    process.stdout.close()
 
 
 def test_a_job_that_is_suspended_and_resumed_is_no_hang(tiny, new_run):

@@ -64,7 +64,7 @@ def mutate(tree: dict, draw) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_mutation_of_a_recipe_works_or_is_refused_in_one_line(data):
     tree = copy.deepcopy(data.draw(st.sampled_from(BASES)))
     for _ in range(data.draw(st.integers(1, 3))):
@@ -98,14 +98,14 @@ VALUES = st.sampled_from(["1", "[", "{a: 1}", "null", "2001-99-99", "0x_", "!!in
 
 @given(override=st.text(max_size=30) | st.builds(
     lambda keys, value: ".".join(keys) + "=" + value, st.lists(KEYS, max_size=4), VALUES | st.text(max_size=8)))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_override_works_or_is_refused_in_one_line(tmp_path, override):
     refusal(lambda: follow(load_recipe(written(tmp_path, SMALL), [override])))
 
 
 @given(content=st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "ignore"))
        | st.text("{}[]:,-?!&*#|>'\"%@`\n \t.0123_xeab", max_size=60).map(str.encode))
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(content=b"seed: 2001-99-99")
 @example(content=b"seed: 0b_")
 @example(content=b"seed: !!float x")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pkd.simulator import simulate
 from pkd.system import System
 
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=40, deadline=None)
 seconds = st.floats(0.01, 1.0)
 
 

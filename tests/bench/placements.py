@@ -1,6 +1,6 @@
 """Predicted against measured step time, and `auto` against placements made by hand, by real runs on this machine's cores.
 
-PYTHONPATH=tests python tests/bench/placements.py FOLDER     three minutes a case on two quiet cores; writes
+PYTHONPATH=tests python tests/bench/placements.py FOLDER     a few minutes a case on two quiet cores; writes
 RESULTS-placements.md beside itself, with the planner's own figures on worlds that are not here
 """
 
