@@ -208,6 +208,7 @@ def train(arguments: argparse.Namespace, launch: Launch) -> int:
         from pkd.job import Job  # from here on the slow imports
 
         gc.freeze()  # no collection while it trains, nor the process's end, is to go through all that was imported
+        gc.set_threshold(700)  # as usual; __main__ raised it
         teacher = arguments.teacher if arguments.command == "teach" else None
         job = Job(recipe, arguments.run_folder or Path("runs") / recipe.name, arguments.command, launch, console, teacher)
         job.open()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import settings
 
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ranks import run
 
+torch.set_num_threads(1)  # what runs in this process is small, and other workers and their ranks have the other cores
 settings.register_profile("shared machine", deadline=None)  # an example may take long where others compute, too
 settings.load_profile("shared machine")
 

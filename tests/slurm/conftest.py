@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, missing
+from ranks import run, students, trace
 from slurm_run import LONG, SlurmRun
 
 ROWS = pytest.StashKey[list[dict]]()
@@ -20,12 +21,11 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def undisturbed(cluster, tiny, taught, tmp_path_factory):
-    """What LONG becomes if nothing happens: its losses and its students."""
+def undisturbed(tiny, taught, tmp_path_factory):
+    """What LONG becomes on four ranks of this machine, without Slurm: its losses and its students."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    mine = SlurmRun(cluster, folder, "slurm.sbatch", tiny, f"teachers_from={taught}", "--phases", "distill", *LONG).submit()
-    assert mine.end() == "COMPLETED", mine.log
-    return mine.result()
+    run(4, "distill", tiny, "--run-folder", folder, f"teachers_from={taught}", *LONG)
+    return trace(folder), students(folder)
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def test_a_signal_to_a_heterogeneous_job(cluster, disturbed, undisturbed, record
     if target == "batch script":
         cluster.slurm("scancel", "--batch", "--signal=USR1", mine.job)
     else:
-        os.kill(min(cluster.pids(cluster.batch_host(mine.job), "srun --kill-on-bad-exit")), USR1)
+        os.kill(mine.launcher(), USR1)
     recovered(record, f"SIGUSR1 to {target}, slurm-het.sbatch", mine, undisturbed)
 
 

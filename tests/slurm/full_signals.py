@@ -15,11 +15,10 @@ TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
     ("one rank", TERM), ("all of the job (scancel --signal)", USR1), ("all of the job (scancel --signal)", TERM)])
 def test_a_signal(cluster, disturbed, undisturbed, record, script, target, number):
     mine = disturbed(script=script)
-    host = cluster.batch_host(mine.job)
     if target == "batch script":
         cluster.slurm("scancel", "--batch", f"--signal={number.name[3:]}", mine.job)
     elif target == "launcher":
-        os.kill(min(cluster.pids(host, "srun --kill-on-bad-exit")), number)
+        os.kill(mine.launcher(), number)
     elif target == "one rank":
         os.kill(mine.pid(2), number)
     else:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cluster import Cluster
 from ranks import REPOSITORY, students, trace
+from virtual_hosts import parent, read
 
 LAUNCH = REPOSITORY / "launch"
 # Long enough to be hit by something: 24 steps an epoch; a checkpoint about every second.
@@ -55,10 +56,19 @@ class SlurmRun:
     def end(self, timeout: float = 180.0) -> str:
         return self.cluster.wait(self.job, timeout)
 
-    def pid(self, rank: int, pattern: str = "-m pkd distill") -> int:
-        """This machine's pid of a rank: its node's, in rank order; two ranks a node, students on the first."""
-        hosts = self.cluster.hosts(self.job)
-        return sorted(self.cluster.pids(hosts[rank // 2], pattern + " "))[-2:][rank % 2]
+    def pid(self, rank: int) -> int:
+        """This machine's pid of a rank; two ranks a node, students on the first. Its environment tells it from others, for
+        the machine's pids start again from low ones at some time."""
+        for pid in self.cluster.pids(self.cluster.hosts(self.job)[rank // 2], "-m pkd distill "):
+            own = dict(word.partition("=")[::2] for word in read(pid, "environ").split())
+            if read(pid, "comm").startswith("python") and own.get("RANK", own.get("SLURM_PROCID")) == str(rank):
+                return pid
+        raise AssertionError(f"no rank {rank} runs:\n{self.log[-3000:]}")
+
+    def launcher(self) -> int:
+        """The pid of srun, which has a child of the same name."""
+        found = self.cluster.pids(self.cluster.batch_host(self.job), "srun --kill-on-bad-exit")
+        return next(pid for pid in found if parent(pid) not in found)
 
     def recovery(self, timeout: float = 150.0) -> Recovery:
         """Call right after a fault: until training goes on past the point where it was hit."""
