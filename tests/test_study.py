@@ -90,7 +90,7 @@ pytestmark = pytest.mark.timeout(900)  # the first test waits for two starts of 
 
 def words(tiny: Path, folder: Path) -> tuple:
     """The level that the recipe's word is about does not exist in these arms."""
-    return ("study", tiny, "views.finite=2", "distill.epochs=8", "pyramid.1.partition=contiguous", "--arms", "alone,top",
+    return ("study", tiny, "views.finite=2", "distill.epochs=4", "pyramid.1.partition=contiguous", "--arms", "alone,top",
             "--seeds", "0,1", "--study-folder", folder)
 
 

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The studies of the shipped recipes, five seeds each, as many at once as there are cores, one process and core each:
+#   ./launch/studies.sh [digits] [fashion-mnist] [glyphs]      all three without arguments
+# Results lie in launch/studies/<recipe>/results, a few KB an arm and seed; what is there is not run again. SEEDS="0 1" runs
+# some. The set of glyphs is rendered first, from the fonts that launch/render_glyphs.py names.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+./launch/setup.sh
+(($#)) || set -- digits fashion-mnist glyphs
+for recipe in "$@"; do
+    more=()
+    if [[ $recipe == glyphs ]]; then
+        [[ -f data/glyphs.npz ]] || .venv/bin/python launch/render_glyphs.py
+        more=(--arm confusion="pyramid.1.partition=confusion pyramid.2.partition=confusion"
+              --arm paper-all="objective={kind: paper, routes: all}")
+    fi
+    study=(.venv/bin/pkd study "$recipe" --study-folder "launch/studies/$recipe" "${more[@]}")
+    printf '%s\n' ${SEEDS:-0 1 2 3 4} | OMP_NUM_THREADS=1 xargs -P "$(nproc)" -I% "${study[@]}" --seeds "%,"
+    "${study[@]}" --seeds "$(printf '%s,' ${SEEDS:-0 1 2 3 4})"
+done
