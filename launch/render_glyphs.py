@@ -1,4 +1,5 @@
-r"""Render the set of the recipe `glyphs`: 100 Japanese characters, 28 x 28 grey, test images from designs of their own.
+r"""Render the set of the recipe `glyphs`: 100 Japanese characters, 28 x 28 grey; validation and test images are of designs
+of their own.
 
     apt-get install fontconfig fonts-aoyagi-kouzan-t fonts-aoyagi-soseki fonts-arphic-uming fonts-dejima-mincho \
         fonts-dotgothic16 fonts-droid-fallback fonts-hanazono fonts-horai-umefont fonts-ipafont fonts-kiloji \
@@ -123,11 +124,15 @@ def _picture(font: Font, character: str) -> np.ndarray:
     return pixels / max(float(np.linalg.norm(pixels)), 1e-6)
 
 
-def divide(found: list[list[Font]], seed: int) -> tuple[list[list[Font]], list[list[Font]]]:
-    """Designs for training and a quarter of them for testing, drawn by seed."""
+def divide(found: list[list[Font]], seed: int) -> dict[str, list[list[Font]]]:
+    """Designs for training, an eighth of them for validation and a quarter for testing, drawn by seed. Of fewer than five
+    none is for validation: that is then images of designs for training, which pkd holds out.
+    """
     order = np.random.default_rng([seed, 0]).permutation(len(found))
-    held = max(1, round(len(found) / 4))
-    return [found[i] for i in sorted(order[held:])], [found[i] for i in sorted(order[:held])]
+    test = max(1, round(len(found) / 4))
+    validation = test + round(len(found) / 8)
+    parts = {"train": order[validation:], "validation": order[test:validation], "test": order[:test]}
+    return {name: [found[i] for i in sorted(part)] for name, part in parts.items()}
 
 
 def image(font: Font, character: str, draw: np.random.Generator) -> np.ndarray:
@@ -180,6 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--characters", type=int, default=len(CHARACTERS), help="so many of them")
     parser.add_argument("--train", type=int, default=200, help="images a character")
+    parser.add_argument("--validation", type=int, default=20, help="images a character")
     parser.add_argument("--test", type=int, default=40, help="images a character")
     parser.add_argument("--least", type=int, default=12, help="refuse to go on with fewer designs")
     parser.add_argument("--sheet", type=Path, help="a PNG file with some of the images, to look at")
@@ -202,18 +208,18 @@ def make(arguments: argparse.Namespace) -> None:
                         f"{len(found)}: install more of the packages named at the top of this script")
     if arguments.to.exists():  # runs know their data by its contents
         raise UserError(f"{arguments.to} is there already: delete it, or give another name with --to")
-    train, test = divide(found, arguments.seed)
-    for name, part in (("training", train), ("testing", test)):
-        print(f"{name}: {sum(map(len, part))} fonts of {len(part)} designs: "
-              + ", ".join(min(min(font.families) for font in design) for design in part))
     arrays = {"classes": np.array(list(characters))}
-    for name, part, count, number in (("train", train, arguments.train, 1), ("test", test, arguments.test, 2)):
-        arrays[f"x_{name}"], arrays[f"y_{name}"] = render(part, characters, count, [arguments.seed, number])
+    for number, (name, part) in enumerate(divide(found, arguments.seed).items()):
+        if part:
+            print(f"{name}: {sum(map(len, part))} fonts of {len(part)} designs: "
+                  + ", ".join(min(min(font.families) for font in design) for design in part))
+            arrays[f"x_{name}"], arrays[f"y_{name}"] = render(part, characters, getattr(arguments, name),
+                                                              [arguments.seed, number])
     packed = io.BytesIO()
     np.savez_compressed(packed, **arrays)
     write_bytes(arguments.to, packed.getvalue())
-    print(f"{arguments.to}: {len(arrays['x_train'])} training and {len(arrays['x_test'])} test images of "
-          f"{len(characters)} characters, {len(packed.getvalue()) / 1e6:.1f} MB")
+    counts = ", ".join(f"{len(arrays[key])} for {key[2:]}" for key in arrays if key.startswith("x_"))
+    print(f"{arguments.to}: images of {len(characters)} characters, {counts}, {len(packed.getvalue()) / 1e6:.1f} MB")
     if arguments.sheet:
         picture = io.BytesIO()
         sheet(arrays).save(picture, "PNG")

@@ -11,7 +11,8 @@ for recipe in "$@"; do
     more=()
     if [[ $recipe == glyphs ]]; then
         [[ -f data/glyphs.npz ]] || .venv/bin/python launch/render_glyphs.py
-        more=(--arm confusion="pyramid.1.partition=confusion pyramid.2.partition=confusion"
+        more=(--arm contiguous="pyramid.1.partition=contiguous pyramid.2.partition=contiguous"
+              --arm confusion="pyramid.1.partition=confusion pyramid.2.partition=confusion"
               --arm paper-all="objective={kind: paper, routes: all}")
     fi
     study=(.venv/bin/pkd study "$recipe" --study-folder "launch/studies/$recipe" "${more[@]}")

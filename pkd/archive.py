@@ -107,7 +107,9 @@ class Filling:
         """Say how large it will be; take away what is there of other soft targets. Raises UserError."""
         job, layout = self.job, self.layout
         teachers = [job.pyramid.teachers[index] for index in self.wanted]
-        sizes = [4 * network_cost(t.model, len(t.classes), job.data.channels, job.data.size).parameters for t in teachers]
+        weight = 2 if job.recipe.teachers.forward == "bf16" else 4  # bytes
+        sizes = [weight * network_cost(t.model, len(t.classes), job.data.channels, job.data.size).parameters
+                 for t in teachers]
         need, room = sum(sizes), USABLE * min(memory_per_rank(job.hardware))
         if need > room:
             raise UserError(f"every rank answers for all {len(sizes)} teachers, whose weights need {need / 2**30:.2f} GiB, "

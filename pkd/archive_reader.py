@@ -40,6 +40,11 @@ class ArchiveReader:
         self.view = -1
         self.shards: dict[int, dict[str, np.ndarray]] = {}  # of one view: shard -> teacher -> rows
 
+    @property
+    def ahead(self) -> tuple[int, int]:
+        """For steady(): no teacher answers ahead."""
+        return 0, 1
+
     def fill(self, epoch: int, step: int, last: int) -> None:
         """Begin to read a step's soft targets."""
         slot = self.ring[step % len(self.ring)]

@@ -1,6 +1,7 @@
 """A labelled image set and its splits: training, validation and test samples by number."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,12 +32,12 @@ class DataSet:
         return self.images.size
 
 
-def load_data(recipe: Data) -> DataSet:
-    """Read the data set that the recipe names and split it by data.seed. Raises UserError.
+def load_data(recipe: Data, works: Callable[[], None] = lambda: None) -> DataSet:
+    """Read the data set that the recipe names and split it by data.seed; works: told of progress. Raises UserError.
 
     The test split is the official one where there is one, else a stratified fraction; validation likewise, of the rest.
     """
-    source = read_source(recipe)
+    source = read_source(recipe, works)
     labels, names = source.labels, source.classes
     everything = np.arange(len(labels))
     test = everything[source.part == "test"]

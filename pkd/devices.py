@@ -13,7 +13,7 @@ BACKWARD = 2  # forwards that a backward pass costs (Kaplan et al. 2020, section
 @dataclass(frozen=True)
 class Device:
     half: float  # FLOP/s, 16 bit, dense
-    single: float  # FLOP/s, fp32 without tensor cores
+    single: float  # FLOP/s, fp32 as torch's convolutions reckon by default: TF32 where there are tensor cores for it
     memory: float  # bytes; 0: the host's
     bandwidth: float  # bytes per second of its memory
     kernel: float  # seconds to start one kernel
@@ -31,10 +31,10 @@ class Device:
 
 # NVIDIA's data sheets, SXM where there are several; v100 has fp16 for bf16. cpu: one core of a server, 3 GHz and AVX2.
 DEVICES = {
-    "a100": Device(312e12, 19.5e12, 80e9, 2.04e12, 5e-6, 1e9, 2e10, 1e-5),
-    "h100": Device(989e12, 67e12, 80e9, 3.35e12, 5e-6, 1e9, 2e10, 1e-5),
-    "h200": Device(989e12, 67e12, 141e9, 4.8e12, 5e-6, 1e9, 2e10, 1e-5),
-    "l40s": Device(362e12, 91.6e12, 48e9, 0.864e12, 5e-6, 1e9, 2e10, 1e-5),
+    "a100": Device(312e12, 156e12, 80e9, 2.04e12, 5e-6, 1e9, 2e10, 1e-5),
+    "h100": Device(989e12, 494e12, 80e9, 3.35e12, 5e-6, 1e9, 2e10, 1e-5),
+    "h200": Device(989e12, 494e12, 141e9, 4.8e12, 5e-6, 1e9, 2e10, 1e-5),
+    "l40s": Device(362e12, 181e12, 48e9, 0.864e12, 5e-6, 1e9, 2e10, 1e-5),
     "v100": Device(125e12, 15.7e12, 32e9, 0.9e12, 5e-6, 1e9, 2e10, 1e-5),
     "cpu": Device(96e9, 96e9, 0, 10e9, 1e-5, 0.5e9, 1e9, 1e-4),
 }

@@ -13,9 +13,10 @@ from pkd.ballot import Vote
 from pkd.distill_setup import Setup
 from pkd.engine import Engine
 from pkd.loss import pyramid_loss
-from pkd.metrics import busy_shares, peak_memory
+from pkd.metrics import busy_shares, peak_memory, steady
 from pkd.network_file import derived_seed
 from pkd.progress import Progress
+from pkd.transfer import OnItsWay, to_device
 from pkd.validate import validate
 
 
@@ -91,7 +92,7 @@ class Distillation:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.micro = setup.schedule.micro_batches(self.ranks, self.rank, setup.placement.accumulation)
         self.broken: tuple[int, int] | None = None  # (step, student) of a loss that was not finite
-        self.unchecked: tuple[int, torch.Tensor] | None = None  # the last step's losses
+        self.unchecked: tuple[int, OnItsWay] | None = None  # whether the last step's losses were finite
 
     def run(self) -> str:
         setup, progress = self.setup, self.progress
@@ -112,6 +113,7 @@ class Distillation:
         """Steps [first, last) of an epoch, or fewer if the ranks agree to stop; whether they did."""
         setup, job, ballot, exchange = self.setup, self.job, self.setup.ballot, self.setup.exchange
         window, sums = self.recipe.window, self.progress.sums
+        timed = steady(first, last, *exchange.ahead)
         before = sums.seconds, sums.wait  # of an epoch that is gone on with
         began = time.perf_counter()
         ballot.open(first, last)
@@ -133,7 +135,7 @@ class Distillation:
             job.watchdog.works()
             self.train_step(epoch, step, routes, flat)
             self.progress.step = step + 1
-            sums.took(time.perf_counter() - began, steady=step - first >= (last - first) // 4)
+            sums.took(time.perf_counter() - began, step in timed)
             began = time.perf_counter()
             if ballot.after(step).save:
                 self.progress.save("saving")
@@ -175,8 +177,7 @@ class Distillation:
         for index, micro in enumerate(self.micro):
             mine = torch.from_numpy(ids[micro])
             images = setup.exchange.views_of(step, micro) if setup.sends_views else setup.views.batch(mine, epoch)
-            images = images.to(self.device, non_blocking=True)
-            labels = setup.labels[mine].to(self.device, non_blocking=True)
+            images, labels = to_device(images, self.device), to_device(setup.labels[mine], self.device)
             levels = setup.unpacker.unpack(routes, flat, micro, self.device)
             # Dropout and the like: the same draws however the run was interrupted.
             torch.manual_seed(derived_seed(self.recipe.seed, total_step, index, self.rank))
@@ -188,7 +189,9 @@ class Distillation:
             self.progress.sums.add(terms)
             losses = losses + terms["loss"]
         self.progress.trace(total_step, losses)
-        self.notice_broken((step, losses))
+        self.notice_broken((step, OnItsWay(torch.isfinite(losses))))
+        if self.broken is None and engine.refused_step:
+            self.broken = (step, len(self.recipe.students))
 
     def all_logits(self, logits: torch.Tensor) -> torch.Tensor | None:
         """What the ensemble term needs of the students that other groups train; None where it needs nothing."""
@@ -199,15 +202,14 @@ class Distillation:
         self.job.watchdog.works()
         return everyone
 
-    def notice_broken(self, latest: tuple[int, torch.Tensor] | None = None) -> None:
+    def notice_broken(self, latest: tuple[int, OnItsWay] | None = None) -> None:
         """Remember a student whose loss was not finite; the next ballot tells everyone.
 
         Looks at the step before the latest one, which a GPU has finished by now: looking at the latest would wait for it.
         """
         before, self.unchecked = self.unchecked, latest
         if before and self.broken is None:
-            step, losses = before
-            finite = torch.isfinite(losses).tolist()
+            step, finite = before[0], before[1].wait().tolist()
             if not all(finite):
                 self.broken = (step, self.joined.own[finite.index(False)])
 

@@ -135,8 +135,9 @@ class Setup:
         if found:
             step, student = min(found)
             step += epoch * self.schedule.steps_per_epoch
-            name = self.job.recipe.students[student].name
-            raise UserError(f"the loss of student {name} was not finite at step {step}, so all ranks stopped: lower its "
+            students = self.job.recipe.students
+            whose = f"the loss of student {students[student].name}" if student < len(students) else "a student's gradient"
+            raise UserError(f"{whose} was not finite at step {step}, so all ranks stopped: lower its "
                             "lr, or set warmup_steps or clip, and start in another --run-folder")
 
     def _epochs_of(self, steps: int) -> int:

@@ -123,6 +123,10 @@ def engine_config(config: dict, ranks: int, accumulation: int, elements: int) ->
         even = elements + elements % 2  # ZeRO 1 and 2 align their buckets
         buckets = ["reduce_bucket_size", "stage3_prefetch_bucket_size" if stage(config) == 3 else "allgather_bucket_size"]
         zero.update({bucket: min(zero.get(bucket, even), even) for bucket in buckets})
+    if stage(config) in (1, 2) and not config.get("zero_optimization", {}).get("offload_optimizer"):
+        # Nobody reads the norm of all gradients together; and in fp32 one that is not finite would leave out the step of
+        # every student without a word.
+        zero.setdefault("compute_grad_norm", False)
     if stage(config) == 3:
         zero.setdefault("stage3_param_persistence_threshold", 0)  # else small tensors stay whole on every rank
         # Else torch's linear layer is replaced in the whole process, whole teachers' included, by one with other last bits.
@@ -130,6 +134,7 @@ def engine_config(config: dict, ranks: int, accumulation: int, elements: int) ->
     return {
         "steps_per_print": 10**9,
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
+        "timers": {"throughput": {"enabled": False}},  # else host and device wait for each other twice a step
         **config,
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": 1,

@@ -58,6 +58,13 @@ class Engine:
         self.ds.backward(loss * self.scale)
         self.ds.step()
 
+    @property
+    def refused_step(self) -> bool:
+        """Whether DeepSpeed left the last step out because a gradient was not finite: ZeRO 3 does, for all networks at once.
+        With fp16 that is how it finds its loss scale, and no fault.
+        """
+        return not self.ds.fp16_enabled() and bool(getattr(self.ds.optimizer, "overflow", False))
+
     def set_rates(self, rates: list[float]) -> None:
         for group, rate in zip(self.ds.optimizer.param_groups, rates):
             group["lr"] = rate

@@ -11,9 +11,10 @@ from pkd.data import DataSet, load_data
 from pkd.errors import UserError
 from pkd.files import read_json, read_lines, write_json
 from pkd.models import Network
-from pkd.network_file import read_network, read_teacher
+from pkd.network_file import read_network, read_teacher, teacher_hash
 from pkd.objective import asked
 from pkd.predictions import ENSEMBLE, Recorder
+from pkd.pyramid import Teacher
 from pkd.recipe import Recipe
 from pkd.recipe_file import override, parse_recipe
 from pkd.run_folder import RunFolder
@@ -37,6 +38,11 @@ def evaluate(path: Path, console: Console, overrides: list[str], limit: int | No
     data = load_data(recipe.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     views = Views(data, recipe.views, recipe.seed)
+    pyramid = pyramid_of(recipe, data, run.teachers)
+    teachers = [pyramid.teachers[index] for index in asked(recipe.objective.kind, pyramid)]
+    for teacher in teachers:  # before anything is read
+        teacher_hash(run.teachers, recipe, teacher, data, complete=limit is None)
+    readings = _one_more_reading(path)
     test = data.splits["test"][:limit]
     networks = [network.to(device) for network, _ in students]
     facts = [facts for _, facts in students]
@@ -49,12 +55,12 @@ def evaluate(path: Path, console: Console, overrides: list[str], limit: int | No
     validation = validate(networks, views, chosen.numpy(), data.labels[chosen], device, lambda group: None)
     done = read_json(run.students / "students.json")
     lines = read_lines(run.metrics)
-    before = read_json(path / "summary.json")["test_readings"] if (path / "summary.json").exists() else 0
     summary = {
         "recipe": recipe.name, "identity": read_json(path / "run.json")["identity"], "seed": recipe.seed,
         "world_size": done["world_size"], "placement": done["placement"],
         "complete": done["complete"] and limit is None, "evaluated": time.time(),
-        "teachers": _teachers(run, recipe, data, views, limit, device),
+        "teachers": {teacher.name: _teacher(run, recipe, teacher, data, views, limit, device, console)
+                     for teacher in teachers},
         "students": {own["name"]: {"accuracy": accuracy, "loss": loss, "calibration_error": calibration[own["name"]],
                                    "parameters": own["parameters"], "validation_accuracy": chosen_by}
                      for own, accuracy, loss, chosen_by in zip(facts, scores.accuracy, scores.loss, validation.accuracy)},
@@ -62,13 +68,13 @@ def evaluate(path: Path, console: Console, overrides: list[str], limit: int | No
                      "calibration_error": calibration[ENSEMBLE],
                      "parameters": sum(own["parameters"] for own in facts),
                      "validation_accuracy": validation.ensemble_accuracy},
-        "test_images": len(test), "test_readings": before + 1,
+        "test_images": len(test), "test_readings": readings,
         "images_per_second": sorted(line["images_per_second"] for line in lines)[len(lines) // 2] if lines else 0.0,
         "wall_seconds": sum(line["seconds"] for line in lines),
     }
     write_json(path / "summary.json", summary)
     console.show(table(summary))
-    console.say(f"test images {len(test)}, read {before + 1} time(s); run folder: {path}")
+    console.say(f"test images {len(test)}, read {readings} time(s); run folder: {path}")
     return summary
 
 
@@ -105,21 +111,30 @@ def merged(a: dict, b: dict) -> dict:
     return out
 
 
-def _teachers(run: RunFolder, recipe: Recipe, data: DataSet, views: Views, limit: int | None,
-              device: torch.device) -> dict:
-    """Each teacher that the objective asked, on the test images of its own classes."""
-    pyramid = pyramid_of(recipe, data, run.teachers)
-    out = {}
-    for index in asked(recipe.objective.kind, pyramid):
-        teacher = pyramid.teachers[index]
-        network, facts = read_teacher(run.teachers, recipe, teacher, data, complete=limit is None)
-        local = torch.full((len(data.classes),), -1)
-        local[list(teacher.classes)] = torch.arange(len(teacher.classes))
-        test = data.splits["test"][:limit]
-        ids = test[local[data.labels[test]] >= 0]
-        scores = validate([network.to(device).eval()], views, ids.numpy(), local[data.labels[ids]], device,
-                          lambda group: None)
-        out[teacher.name] = {"level": teacher.level, "classes": list(teacher.classes),
-                             "accuracy": scores.accuracy[0], "test_images": len(ids),
-                             "parameters": facts["parameters"]}
-    return out
+def _one_more_reading(path: Path) -> int:
+    """How often the test split will have been read; written down before it is, whatever becomes of it then."""
+    count, summary = path / "test-readings.json", path / "summary.json"
+    before = read_json(count)["test_readings"] if count.exists() else \
+        read_json(summary)["test_readings"] if summary.exists() else 0
+    write_json(count, {"test_readings": before + 1})
+    return before + 1
+
+
+def _teacher(run: RunFolder, recipe: Recipe, teacher: Teacher, data: DataSet, views: Views, limit: int | None,
+             device: torch.device, console: Console) -> dict:
+    """A teacher on the test images of its own classes."""
+    network, facts = read_teacher(run.teachers, recipe, teacher, data, complete=limit is None)
+    local = torch.full((len(data.classes),), -1)
+    local[list(teacher.classes)] = torch.arange(len(teacher.classes))
+    test = data.splits["test"][:limit]
+    ids = test[local[data.labels[test]] >= 0]
+
+    def accuracy(on: torch.device) -> float:
+        return validate([network.to(on)], views, ids.numpy(), local[data.labels[ids]], on, lambda group: None).accuracy[0]
+    try:
+        found = accuracy(device)
+    except torch.cuda.OutOfMemoryError:  # while students were trained, several ranks held it together
+        console.say(f"teacher {teacher.name} does not fit on the GPU, so that the CPU evaluates it: this takes longer")
+        found = accuracy(torch.device("cpu"))
+    return {"level": teacher.level, "classes": list(teacher.classes), "accuracy": found, "test_images": len(ids),
+            "parameters": facts["parameters"]}

@@ -42,7 +42,7 @@ class Exchange:
                  window: int, hosts: list[TeacherHost], kind: str = "broadcast", views: Views | None = None,
                  at_once: int = 1):
         self.world, self.schedule, self.router, self.labels, self.hosts = world, schedule, router, labels, hosts
-        self.role = placement.role(world.rank)
+        self.role, self.asks = placement.role(world.rank), bool(placement.sources)
         several = world.size > 1
         peers = Peers(world, placement) if several and (kind == "direct" or views) else None
         self.carrier = None
@@ -53,6 +53,11 @@ class Exchange:
         self.at_once = 1 if views else at_once  # views come step by step
         self.ring = [Slot(torch.zeros(size, dtype=torch.float16, pin_memory=pin)) for _ in range(window + self.at_once)]
         self.sent = SentViews(peers, placement, views, world.rank, schedule.batch, len(self.ring)) if views else None
+
+    @property
+    def ahead(self) -> tuple[int, int]:
+        """How many steps ahead of the students teachers may be, and how many they answer together; for steady()."""
+        return (len(self.ring) if self.asks else 0), (self.at_once if self.asks else 1)
 
     def begin(self, epoch: int, step: int) -> None:
         """The routes of a step; where views are sent, send this rank's and begin to receive the others'.

@@ -62,6 +62,13 @@ def memory_per_rank(ranks: list[Hardware]) -> tuple[int, ...]:
     return tuple(rank.memory // sharing[rank.host, rank.unit] for rank in ranks)
 
 
+def devices(ranks: list[Hardware]) -> tuple[int, ...]:
+    """The GPU of each rank, numbered in the order in which ranks first name them; on CPUs every rank counts as one apart."""
+    names = [(rank.host, rank.unit if rank.device != "cpu" else index) for index, rank in enumerate(ranks)]
+    known = list(dict.fromkeys(names))
+    return tuple(known.index(name) for name in names)
+
+
 def cores_per_node(ranks: list[Hardware]) -> tuple[float, ...]:
     """Cores of each node that its ranks compute on, in the order of nodes(); no limit where they compute on GPUs."""
     out = []
@@ -75,7 +82,7 @@ def cores_per_node(ranks: list[Hardware]) -> tuple[float, ...]:
 
 
 def known_ranks(ranks: list[Hardware], threads: int) -> Ranks:
-    return Ranks(memory_per_rank(ranks), nodes(ranks), cores_per_node(ranks), threads)
+    return Ranks(memory_per_rank(ranks), nodes(ranks), cores_per_node(ranks), threads, devices(ranks))
 
 
 def to_json(ranks: list[Hardware]) -> list[dict]:

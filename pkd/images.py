@@ -1,6 +1,6 @@
 """Images in memory or in files, both indexed by sample number and both uint8 [n, channels, height, width]."""
 
-import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,18 +61,21 @@ def decode(file: Path, size: tuple[int, int], grey: bool) -> torch.Tensor:
     return pixels[None] if grey else pixels.permute(2, 0, 1).contiguous()
 
 
-def read_images(files: list[Path], image_size: int | None, workers: int, cache_gib: float) -> ArrayImages | FileImages:
+def read_images(files: list[Path], image_size: int | None, workers: int, cache_gib: float,
+                works: Callable[[], None] = lambda: None) -> ArrayImages | FileImages:
     """Images of files: decoded at once if all fit in `cache_gib` GiB, else batch by batch; the same bytes either way.
 
-    Grey or colour, and without image_size the size too, are those of the first file. Raises UserError for a file that
-    is missing, damaged (if it is decoded now) or, without image_size, of another size.
+    Grey or colour, and without image_size the size too, are those of the first file; works: told of progress. Raises
+    UserError for a file that is damaged (if it is decoded now) or, without image_size, of another size.
     """
-    missing = next((file for file in files if not os.path.isfile(file)), None)
-    if missing:
-        raise UserError(f"image {missing} is named in the data, but there is no such file: mend the list or the path")
     size, grey = _shape(files[0])
     if image_size is None:
-        other = next((file for file in files if _shape(file)[0] != size), None)
+        other = None
+        for file in files:
+            works()
+            if _shape(file)[0] != size:
+                other = file
+                break
         if other:
             raise UserError(f"image {files[0]} is {size[1]} x {size[0]} pixels and {other} is "
                             f"{_shape(other)[0][1]} x {_shape(other)[0][0]}: set data.image_size to the side that all "
@@ -80,7 +83,11 @@ def read_images(files: list[Path], image_size: int | None, workers: int, cache_g
     images = FileImages(files, (image_size, image_size) if image_size else size, grey, workers)
     if len(files) * images.channels * images.size[0] * images.size[1] > cache_gib * 2**30:
         return images
-    return ArrayImages(images[torch.arange(len(files))])
+    array = torch.empty(len(files), images.channels, *images.size, dtype=torch.uint8)
+    for part in torch.arange(len(files)).split(256):
+        array[part] = images[part]
+        works()
+    return ArrayImages(array)
 
 
 def _shape(file: Path) -> tuple[tuple[int, int], bool]:

@@ -14,7 +14,7 @@ from pkd.data import DataSet, load_data
 from pkd.ds_config import check_compiler, check_device, load_ds_config
 from pkd.errors import UserError
 from pkd.files import write_json
-from pkd.hardware import Hardware, hardware, to_json
+from pkd.hardware import Hardware, devices, hardware, to_json
 from pkd.launcher import Launch
 from pkd.models import own_code
 from pkd.pyramid import Pyramid
@@ -56,7 +56,7 @@ class Job:
         check_device(load_ds_config(name), name, self.world.device.type)
         check_compiler(self.recipe.distill.compile and self.phase == "distill")
         self.beat("reading data")
-        self.data: DataSet = load_data(self.recipe.data)
+        self.data: DataSet = load_data(self.recipe.data, self.watchdog.works)
         self.beat("data read")
         self.pyramid: Pyramid = pyramid_of(self.recipe, self.data, self.run.teachers, partial=self.phase == "teach")
         if self.data.dropped:
@@ -75,6 +75,7 @@ class Job:
         if found is not None:
             self.hardware = [Hardware(**one) for one in found]
             write_json(self.run.path / "ranks" / f"{self.name}.json", {"ranks": to_json(self.hardware)})
+        self.world.devices = self.world.first("devices", lambda: list(devices(self.hardware)))
 
     def beat(self, phase: str, step: int | None = None, group: str | None = None) -> None:
         self.watchdog.beat(phase, self.watchdog.step if step is None else step, group)

@@ -107,9 +107,9 @@ def composed_target(levels: list[LevelTargets], classes: int) -> torch.Tensor:
         within = F.log_softmax(level.logits.float().masked_fill(~level.mask, MASKED), -1).view(shape)
         mass = torch.logsumexp(top[:, column].masked_fill(~mask, MASKED), -1)  # [samples, teachers]
         joint = within + mass.T[..., None]  # [teachers, samples, width]
-        answer = torch.empty_like(top)
-        answer[:, column[mask]] = joint.permute(1, 0, 2)[:, mask]
-        total = total + answer
+        answer = top.new_empty(samples, classes + 1)  # padding goes into one column more; a mask would stop a GPU
+        answer[:, column.masked_fill(~mask, classes).flatten()] = joint.permute(1, 0, 2).flatten(1)
+        total = total + answer[:, :classes]
     return total / len(levels)
 
 

@@ -20,7 +20,7 @@ class Sums:
         self.names: list[str] = []
         self.values = torch.zeros(0, len(joined.own), dtype=torch.float64, device=device)
         self.steps, self.seconds, self.wait = 0, 0.0, 0.0
-        self.steady_steps, self.steady_seconds = 0, 0.0  # without the first quarter of a stretch, which warms up
+        self.steady_steps, self.steady_seconds = 0, 0.0  # see steady()
 
     def took(self, seconds: float, steady: bool) -> None:
         """Time of one optimizer step, from the end of the one before."""
@@ -52,6 +52,19 @@ class Sums:
         self.names = names
         own = every[rank] if len(every) == ranks else every.sum(0) * (rank == 0)
         self.values = own[:, self.joined.own].to(self.values.device)
+
+
+def steady(first: int, last: int, ahead: int, at_once: int) -> range:
+    """The steps of a stretch [first, last) whose time counts as that of the steady state.
+
+    Not the first quarter, which warms up, nor the last `ahead` steps, during which teachers may have nothing left to answer;
+    and, because teachers answer `at_once` steps together, a whole number of such rounds. Of a shorter stretch all but the
+    first quarter counts.
+    """
+    quarter = (last - first) // 4
+    start = first + -(-quarter // at_once) * at_once
+    rounds = (last - ahead - start) // at_once
+    return range(start, start + rounds * at_once) if rounds > 0 else range(first + quarter, last)
 
 
 def drop_lines_after(path: Path, step: int) -> None:

@@ -51,7 +51,7 @@ def write_network(path: Path, network: Network, model: Model, classes: list[str]
 
 
 def read_network(path: Path, stem: Path | None = None) -> tuple[Network, dict]:
-    """The network of <path>.json and its weights, which are named after `stem` where that is another.
+    """The network of <path>.json, in eval mode, and its weights, which are named after `stem` where that is another.
 
     Raises UserError where they are missing or do not agree.
     """
@@ -63,7 +63,7 @@ def read_network(path: Path, stem: Path | None = None) -> tuple[Network, dict]:
     network = rebuild(facts, path)
     _check_tensors(network, weights, facts)
     network.backbone.load_state_dict(weights.all())
-    return network, facts
+    return network.eval(), facts
 
 
 def rebuild(facts: dict, path: Path, empty: bool = False) -> Network:

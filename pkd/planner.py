@@ -98,8 +98,9 @@ class Planner:
         share, rest = divmod(students, self.work.groups)
         if rest or self.work.batch // share // self.accumulation < SAMPLES_PER_RANK:
             return False
+        islands = [range(first, first + share) for first in range(0, students, share)]
         needed = self.work.student_memory(students, self.accumulation)
-        return all(needed <= self.known.usable(rank) for rank in range(students))
+        return all(map(self.known.apart, islands)) and all(needed <= self.known.usable(rank) for rank in range(students))
 
     def _shares(self, hosts: int, room: list[float]) -> list[tuple[list[str], float]]:
         work = self.work
@@ -135,7 +136,8 @@ class Planner:
 def next_rank(work: Workload, ranks: RankMap, accumulation: int, known: Ranks, step: float) -> str:
     """Where one more rank, on a node of its own, would shorten a step of so many seconds most; in a few words."""
     more = Ranks(known.memory + known.memory[-1:], (*known.nodes, max(known.nodes) + 1) if known.nodes else (),
-                 known.cores + known.cores[-1:] if known.nodes else known.cores, known.threads)
+                 known.cores + known.cores[-1:] if known.nodes else known.cores, known.threads,
+                 (*known.devices, max(known.devices) + 1) if known.devices else ())
     planner = Planner(work, ranks.world + 1, accumulation, {}, more)
     hosts = len(ranks.hosted)
     wishes = [("to the students", ranks.students + 1, hosts)]

@@ -6,6 +6,7 @@ import numpy as np
 
 from pkd.schedule import student_parts
 from pkd.system import System
+from pkd.wire import dear
 from pkd.workload import Workload
 
 USABLE = 0.9  # of a device's memory; the rest is the driver's and the allocator's
@@ -19,6 +20,11 @@ class Ranks:
     nodes: tuple[int, ...] = ()  # each rank's node, numbered from 0
     cores: tuple[float, ...] = ()  # of each node, where the ranks compute on them
     threads: int = 1  # of each rank
+    devices: tuple[int, ...] = ()  # each rank's, numbered; ranks of one GPU cannot train together, which NCCL does
+
+    def apart(self, ranks: range) -> bool:
+        """Whether no two of these ranks share a device."""
+        return not self.devices or len({self.devices[rank] for rank in ranks}) == len(ranks)
 
     def usable(self, rank: int) -> float:
         return USABLE * self.memory[rank] if self.memory else float("inf")
@@ -69,10 +75,23 @@ class RankMap:
             asked[ranks] += parts * teacher.rows
             senders = slice(1) if name in self.shards else slice(None)
             sent[ranks[senders]] += parts[senders] * teacher.wire
-        answer += np.minimum(asked, work.batch) * work.view
+        asked = np.minimum(asked, work.batch)
+        views = None
+        if work.sent:  # a student rank makes its own and gets those of the others
+            asked[:self.students] *= 1 - 1 / self.students
+            views = asked * work.image
+        else:
+            answer += asked * work.view
+        places = self.students // work.groups if self._direct(work, float(sent.sum())) else 0
         return System(self.students, answer, train, sent, work.window, work.sync(self.students), work.links.bandwidth,
                       work.links.latency, np.array(known.nodes) if known.nodes else None,
-                      np.array(known.cores) if known.cores else None, known.threads)
+                      np.array(known.cores) if known.cores else None, known.threads, places, views)
+
+    def _direct(self, work: Workload, size: float) -> bool:
+        """Whether rows go to those student ranks only that need them, as pkd.wire decides. size: bytes of a step's."""
+        if work.exchange != "auto":
+            return work.exchange == "direct"
+        return dear(self.students, set(self.hosted), size) and self.students > 1
 
     def _holders(self) -> dict[str, list[int]]:
         """Teacher -> the ranks that hold it, ascending, as Router numbers them."""

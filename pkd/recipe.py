@@ -136,6 +136,9 @@ class Level(Section):
     def _one_way(self):
         if (self.teachers is None) == (self.classes is None):
             raise ValueError("a level needs either teachers (a count) or classes (lists), and not both")
+        if self.classes is not None and self.partition != "contiguous":
+            raise ValueError(f"a level with classes is what they say, and its partition is {self.partition}: leave one out, "
+                             "or set teachers and classes: null")
         return self
 
 

@@ -80,19 +80,25 @@ def download_cifar(root: Path, fine: bool) -> None:
                         "unpack it there") from None
 
 
-def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], int]:
-    """Images uint8 [n, channels, h, w], labels, class names, number of test images (the last ones)."""
+def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], int, int]:
+    """Images uint8 [n, channels, h, w], labels, class names, number of test images (the last ones) and of validation images
+    (before them).
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except Exception as error:  # a damaged file makes zipfile and numpy raise anything, tokenize.TokenError too
         raise UserError(f"data.path {path} cannot be read as an npz file ({type(error).__name__}: {error}): give one "
                         "that numpy.savez wrote, without objects in it") from None
-    pairs = [("x_train", "y_train"), ("x_test", "y_test")] if "x_train" in arrays else [("x", "y")]
+    pairs = [("x", "y")]
+    if "x_train" in arrays:
+        parts = ["train", *["validation"] * ("x_validation" in arrays or "y_validation" in arrays), "test"]
+        pairs = [(f"x_{part}", f"y_{part}") for part in parts]
     missing = [key for pair in pairs for key in pair if key not in arrays]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)} and holds {', '.join(arrays) or 'nothing'}: it needs "
-                        "x_train, y_train, x_test and y_test, or x and y")
+                        "x_train, y_train, x_test and y_test (x_validation and y_validation, too, if there are any), or x "
+                        "and y")
     other = [key for key, value in arrays.items() if not isinstance(value, np.ndarray)]
     if other:
         raise UserError(f"{path} holds {other[0]!r}, which is no array: give one that numpy.savez wrote")
@@ -101,16 +107,18 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], int]:
     for (x, y), pixels, own in zip(pairs, images, labels):
         if len(pixels) != len(own):
             raise UserError(f"{path}: {x} holds {len(pixels)} images, but {y} holds {len(own)} labels")
-    if len({pixels.shape[1:] for pixels in images}) > 1:
-        raise UserError(f"{path}: training images are {images[0].shape[1:]} and test images {images[1].shape[1:]} "
-                        "(channels, height, width): make them equal")
+    for (x, _), pixels in zip(pairs, images):
+        if pixels.shape[1:] != images[0].shape[1:]:
+            raise UserError(f"{path}: images of {pairs[0][0]} are {images[0].shape[1:]} and those of {x} {pixels.shape[1:]} "
+                            "(channels, height, width): make them equal")
     together = np.concatenate(labels)
     if "classes" in arrays:
         classes = tuple(str(name) for name in np.atleast_1d(arrays["classes"]))
     else:
         largest = int(together.max(initial=-1))
         classes = tuple(str(label) for label in range(largest + 1)) if largest < 2**20 else ()
-    return np.concatenate(images), together, classes, len(labels[1]) if len(labels) == 2 else 0
+    counts = {x: len(own) for (x, _), own in zip(pairs, labels)}
+    return np.concatenate(images), together, classes, counts.get("x_test", 0), counts.get("x_validation", 0)
 
 
 def _planes(x: np.ndarray, what: str) -> np.ndarray:

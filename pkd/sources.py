@@ -6,7 +6,10 @@ Every malformed input ends in a UserError of one sentence.
 import csv
 import hashlib
 import os
+import stat
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +37,10 @@ class Source:
     dropped: int = 0
 
 
-def read_source(recipe: Data) -> Source:
-    """The samples of the data set that the recipe names."""
+def read_source(recipe: Data, works: Callable[[], None] = lambda: None) -> Source:
+    """The samples of the data set that the recipe names; works: told while files are looked at and decoded."""
     readers = {"digits": _digits, "fashion-mnist": _fashion, "cifar10": _cifar, "cifar100": _cifar, "npz": _npz,
-               "folder": _folder, "csv": _csv}
+               "folder": partial(_folder, works), "csv": partial(_csv, works)}
     source = readers[recipe.name](recipe)
     if len(source.labels) == 0 or len(source.classes) < 2:
         raise UserError(f"data set {recipe.name} ({recipe.path}) holds {len(source.labels)} images of "
@@ -45,14 +48,17 @@ def read_source(recipe: Data) -> Source:
     return source
 
 
-def in_memory(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], test: int, name: str) -> Source:
-    """A source of arrays, uint8 [n, channels, h, w] and integers [n], the last `test` of them the test split."""
+def in_memory(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], test: int, name: str,
+              validation: int = 0) -> Source:
+    """A source of arrays, uint8 [n, channels, h, w] and integers [n], the last `test` of them the test split, so many before
+    those the validation split.
+    """
     if len(images) != len(labels):
         raise UserError(f"{name} holds {len(images)} images, but {len(labels)} labels: they must be equally many")
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
         raise UserError(f"{name} holds labels from {labels.min()} to {labels.max()}, but {len(classes)} classes have "
                         f"labels 0 to {len(classes) - 1}: mend the labels or name all classes")
-    part = np.array(["train"] * (len(labels) - test) + ["test"] * test)
+    part = np.array(["train"] * (len(labels) - validation - test) + ["validation"] * validation + ["test"] * test)
     images = np.ascontiguousarray(images)
     index = hashlib.sha256(repr(images.shape).encode() + images.tobytes()).digest()
     return Source(ArrayImages(torch.from_numpy(images)), labels.astype(np.int64), classes, part, index)
@@ -97,10 +103,11 @@ def _cifar(recipe: Data) -> Source:
 
 
 def _npz(recipe: Data) -> Source:
-    return in_memory(*read_npz(_path(recipe)), str(recipe.path))
+    images, labels, classes, test, validation = read_npz(_path(recipe))
+    return in_memory(images, labels, classes, test, str(recipe.path), validation)
 
 
-def _folder(recipe: Data) -> Source:
+def _folder(works: Callable[[], None], recipe: Data) -> Source:
     root = _path(recipe)
     if not root.is_dir():
         raise UserError(f"data.path {root} is no folder: give one with a folder of images per class")
@@ -119,13 +126,14 @@ def _folder(recipe: Data) -> Source:
                 raise UserError(f"{folder} has a class folder {label!r} that {splits['train']} does not have"
                                 f"{nearest(label, names)}")
             found = sorted(file for file in (folder / label).rglob("*") if file.suffix.lower() in SUFFIXES)
+            works()
             files += found
             labels += [names.index(label)] * len(found)
             parts += [split] * len(found)
-    return _files(recipe, root, files, np.array(labels, dtype=np.int64), tuple(names), np.array(parts, dtype=str))
+    return _files(works, recipe, root, files, np.array(labels, dtype=np.int64), tuple(names), np.array(parts, dtype=str))
 
 
-def _csv(recipe: Data) -> Source:
+def _csv(works: Callable[[], None], recipe: Data) -> Source:
     path = _path(recipe)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -146,20 +154,36 @@ def _csv(recipe: Data) -> Source:
     number = {name: index for index, name in enumerate(names)}
     files = [path.parent / image for image, _ in single]
     labels = np.array([number[label] for _, label in single], dtype=np.int64)
-    return _files(recipe, path.parent, files, labels, names, np.array(["train"] * len(files), dtype=str),
+    return _files(works, recipe, path.parent, files, labels, names, np.array(["train"] * len(files), dtype=str),
                   len(rows) - len(single))
 
 
-def _files(recipe: Data, root: Path, files: list[Path], labels: np.ndarray, names: tuple[str, ...],
-           parts: np.ndarray, dropped: int = 0) -> Source:
+def _files(works: Callable[[], None], recipe: Data, root: Path, files: list[Path], labels: np.ndarray,
+           names: tuple[str, ...], parts: np.ndarray, dropped: int = 0) -> Source:
     if not files:
         raise UserError(f"{recipe.path} holds no images ({', '.join(sorted(SUFFIXES))} in a folder per class, or rows "
                         "of a table): check data.path")
-    images = read_images(files, recipe.image_size, recipe.workers, recipe.cache_gib)
     # The path as the data names it, not where this machine keeps it.
-    index = "\n".join(f"{file.relative_to(root) if file.is_relative_to(root) else file.name} {file.stat().st_size}"
-                      for file in files)
+    index = "\n".join(f"{file.relative_to(root) if file.is_relative_to(root) else file.name} {size}"
+                      for file, size in zip(files, _sizes(files, works)))
+    images = read_images(files, recipe.image_size, recipe.workers, recipe.cache_gib, works)
     return Source(images, labels, names, parts, f"{images.size}\n{index}".encode(errors="surrogateescape"), dropped)
+
+
+def _sizes(files: list[Path], works: Callable[[], None]) -> list[int]:
+    """Bytes of each. Raises UserError where one is missing."""
+    out = []
+    for number, file in enumerate(files):
+        if number % 256 == 0:
+            works()
+        try:
+            found = os.stat(file)
+        except (OSError, ValueError):  # ValueError: a null byte in its name
+            found = None
+        if found is None or not stat.S_ISREG(found.st_mode):
+            raise UserError(f"image {file} is named in the data, but there is no such file: mend the list or the path")
+        out.append(found.st_size)
+    return out
 
 
 def _path(recipe: Data) -> Path:

@@ -6,6 +6,7 @@ import torch
 from pkd.loss import LevelTargets
 from pkd.pyramid import Pyramid
 from pkd.schedule import Routes
+from pkd.transfer import to_device
 
 
 class Unpacker:
@@ -39,12 +40,6 @@ class Unpacker:
         index = np.where(mask, routes.offset[rows][:, None] + column, 0)
         share = 1.0 / np.maximum(routes.count[teacher], 1)
         logits = flat[torch.from_numpy(index)] if len(rows) else flat.new_zeros(index.shape)
-        to = {"device": device, "non_blocking": True}
-        return LevelTargets(
-            logits=logits.to(**to),
-            classes=torch.from_numpy(self.classes[teacher][:, column]).to(**to),
-            mask=torch.from_numpy(mask).to(**to),
-            sample=torch.from_numpy(routes.position[rows] - micro.start).to(**to),
-            share=torch.from_numpy(share.astype(np.float32)).to(**to),
-            teachers=len(members),
-        )
+        arrays = self.classes[teacher][:, column], mask, routes.position[rows] - micro.start, share.astype(np.float32)
+        classes, known, sample, share = (to_device(torch.from_numpy(array), device) for array in arrays)
+        return LevelTargets(to_device(logits, device), classes, known, sample, share, len(members))

@@ -25,6 +25,7 @@ from pkd.pyramid import Pyramid, Teacher, teacher_names
 from pkd.rates import Rates
 from pkd.schedule import SAMPLES_PER_RANK, Schedule
 from pkd.tensor_file import read_tensors
+from pkd.transfer import OnItsWay, to_device
 from pkd.validate import validate
 from pkd.views import Views
 
@@ -54,7 +55,7 @@ def _teach(job: Job, teachers: list[Teacher], steps: int, name: str) -> str:
         _samples(job, teacher)  # too few is known before anything is trained
     names = job.world.first(f"{name}: to do", lambda: [t.name for t in teachers if _done_steps(job, t) < steps])
     outcome = "finished"
-    for teacher, ranks in assign([t for t in teachers if t.name in names], _costs(job), job.world.size,
+    for teacher, ranks in assign([t for t in teachers if t.name in names], _costs(job), job.world.devices,
                                  job.recipe.teachers.batch):
         if job.world.rank in ranks and outcome == "finished":
             bridge = job.world.bridge(f"ballot {teacher.name}", ranks)
@@ -78,18 +79,25 @@ def _group_the_rest(job: Job) -> Pyramid:
     return pyramid_of(job.recipe, job.data, job.run.teachers)
 
 
-def assign(teachers: list[Teacher], costs: dict[str, float], world: int, batch: int) -> list[tuple[Teacher, list[int]]]:
+def assign(teachers: list[Teacher], costs: dict[str, float], devices: list[int],
+           batch: int) -> list[tuple[Teacher, list[int]]]:
     """Who trains where, in the order that every rank goes through: the top (or a lone teacher) on as many ranks as its
     batch feeds, specialists on one each, longest first onto the rank that is free first. Pure.
+
+    devices: of each rank, numbered; ranks that share one do not train together.
     """
+    world = len(devices)
     free = [0.0] * world
     plan = []
     for teacher in sorted(teachers, key=lambda t: (t.level > 0, -costs[t.name])):
         wide = teacher.level == 0 or len(teachers) == 1
         count = min(world, max(1, batch // SAMPLES_PER_RANK)) if wide else 1
-        ranks = sorted(sorted(range(world), key=lambda rank: (free[rank], rank))[:count])
+        first: dict[int, int] = {}  # device -> the rank on it that is free first
+        for rank in sorted(range(world), key=lambda rank: (free[rank], rank)):
+            first.setdefault(devices[rank], rank)
+        ranks = sorted(list(first.values())[:count])
         for rank in ranks:
-            free[rank] += costs[teacher.name] / count
+            free[rank] += costs[teacher.name] / len(ranks)
         plan.append((teacher, ranks))
     return plan
 
@@ -116,6 +124,7 @@ class Lesson:
         self.best: dict = {}
         self.best_weights: dict[str, torch.Tensor] = {}
         self.step, self.saved, self.broken = 0, time.monotonic(), None
+        self.unchecked: tuple[int, OnItsWay] | None = None  # whether the last step's loss was finite
         self._restore()
 
     def run(self) -> str:
@@ -154,6 +163,7 @@ class Lesson:
             job.steady()
             if self.leader:
                 job.console.progress(f"teacher {name}", step + 1, self.steps)
+        self._notice_broken()
         votes = ballot.close()
         late = -ballot.maximum([-self.broken[0] if self.broken else float("-inf")])[0]
         if votes.broken or late != float("inf"):
@@ -165,8 +175,8 @@ class Lesson:
     def _train_step(self, step: int, mine: slice) -> None:
         epoch, within = divmod(step, self.schedule.steps_per_epoch)
         ids = torch.from_numpy(self.schedule.global_batch(epoch, within)[mine])
-        images = self.views.batch(ids, epoch).to(self.device, non_blocking=True)
-        labels = self.local[self.data.labels[ids]].to(self.device, non_blocking=True)
+        images = to_device(self.views.batch(ids, epoch), self.device)
+        labels = to_device(self.local[self.data.labels[ids]], self.device)
         self.engine.set_rates(self.rates.at(step))
         torch.manual_seed(derived_seed(self.job.recipe.seed, self.teacher.name, step, dist.get_rank()))
         logits = self.engine.train_step(images)[0]
@@ -174,8 +184,15 @@ class Lesson:
         loss = loss / self.schedule.batch
         self.job.watchdog.waits(f"the gradients of {self.teacher.name}'s island")
         self.engine.backward(loss)
-        if self.broken is None and not bool(torch.isfinite(loss)):
+        self._notice_broken((step, OnItsWay(torch.isfinite(loss))))
+        if self.broken is None and self.engine.refused_step:
             self.broken = (step, 0)
+
+    def _notice_broken(self, latest: tuple[int, OnItsWay] | None = None) -> None:
+        """Looks at the step before the latest one, which a GPU has finished by now."""
+        before, self.unchecked = self.unchecked, latest
+        if before and self.broken is None and not bool(before[1].wait()):
+            self.broken = (before[0], 0)
 
     def _validate(self) -> None:
         self.job.beat(f"validating {self.teacher.name}")

@@ -49,14 +49,15 @@ def workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, timings: Timings, 
     config, own = load_ds_config(recipe.deepspeed.students), constants(recipe, pyramid.levels).own
     labels, batch = data.labels[data.splits["train"]].numpy(), recipe.distill.batch
     counts = np.bincount(labels, minlength=len(data.classes))
-    teachers, largest = {}, 0
+    teachers, largest, weight = {}, 0, 2 if recipe.teachers.forward == "bf16" else 4
+    at_once = 1 if recipe.teacher_views == "sent" else recipe.answer_steps
     for index in asked(recipe.objective.kind, pyramid):
         teacher = pyramid.teachers[index]
         cost = network_cost(teacher.model, len(teacher.classes), data.channels, data.size)
         share = counts[list(teacher.classes)].sum() / len(labels) if own else 1.0
         teachers[teacher.name] = TeacherWork(timings.blocks[teacher.name], share * batch,
-                                             mean_blocks(batch * recipe.answer_steps, share) / recipe.answer_steps,
-                                             4 * cost.parameters, len(teacher.classes))
+                                             mean_blocks(batch * at_once, share) / at_once,
+                                             weight * cost.parameters, len(teacher.classes))
         largest = max(largest, *(layer.read + layer.written for layer in cost.layers))
     costs, element = _students(recipe, data), 4 if precision(config) == "fp32" else 2
     parameters, groups = sum(cost.parameters for cost in costs), recipe.placement.student_groups
@@ -68,7 +69,8 @@ def workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, timings: Timings, 
     if timings.sync:
         links = _ring(links, *timings.sync, parameters * element)
     return Workload(teachers, students, batch, groups, timings.view, timings.step, recipe.window, stage(config), element,
-                    4 * BLOCK * largest, data.channels * data.size[0] * data.size[1], links, runtime, timings.source)
+                    4 * BLOCK * largest, data.channels * data.size[0] * data.size[1], links, runtime, timings.source,
+                    recipe.teacher_views == "sent", recipe.exchange)
 
 
 def _ring(links: Links, ranks: int, seconds: float, size: float) -> Links:

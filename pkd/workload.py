@@ -68,6 +68,8 @@ class Workload:
     links: Links = Links()
     runtime: float = 0.0  # bytes that the libraries take before anything else
     source: str = "estimated"  # where the seconds are from, as a person reads it
+    sent: bool = False  # whether student ranks send their views to teachers that need them
+    exchange: str = "auto"  # broadcast, direct or auto
 
     @property
     def costs(self) -> dict[str, float]:
@@ -98,11 +100,14 @@ class Workload:
         return 2 * (ranks - 1) * (size / ranks / self.links.gradients + self.links.gradients_latency)
 
     def student_memory(self, ranks: int, accumulation: int) -> float:
-        """Bytes of a student rank without teachers: weights and states by ZeRO stage, a micro batch's activations, slots."""
+        """Bytes of a student rank without teachers: weights and states by ZeRO stage, the fp32 copies that are validated,
+        a micro batch's activations, slots.
+        """
         ranks //= self.groups
         rows = -(-self.batch // ranks // accumulation)
         own = student_bytes(self.students.parameters, self.element, self.stage, ranks, self.students.states)
-        return own + rows * (self.students.activations + self.image) + self.slots + self.runtime
+        micro = rows * (self.students.activations + self.image)
+        return own + 4 * self.students.parameters + micro + self.slots + self.runtime
 
     @property
     def host_memory(self) -> float:

@@ -4,9 +4,11 @@ An *island* is a group of ranks whose default process group is itself, so DeepSp
 a raw gloo group over host memory that joins islands. All addresses go through one store, under the launch's attempt.
 """
 
+import contextlib
 import datetime
 import json
 import os
+import resource
 import socket
 import time
 from collections.abc import Callable
@@ -27,11 +29,13 @@ class LostPeer(Exception):
 
 class World:
     def __init__(self, launch: Launch, timeouts: Timeouts):
+        _allow_many_files()
         self.launch, self.timeouts = launch, timeouts
         self.rank, self.size = launch.rank, launch.world_size
         self.device = _device(launch.local_rank)
         self.store = self.connect()
         self.bridges: list[dist.ProcessGroupGloo] = []
+        self.devices: list[int] = []  # of every rank, numbered, once they are known (hardware.devices)
 
     def connect(self) -> dist.Store:
         """A connection to the store of its own (one client's waits block its other users)."""
@@ -56,10 +60,13 @@ class World:
 
     def join_island(self, name: str, ranks: list[int]) -> None:
         """Make `ranks` the default process group of this process; DeepSpeed reads rank and size from the environment."""
+        refuse_shared(self.devices, ranks, name)
         me = ranks.index(self.rank)
         os.environ.update(RANK=str(me), WORLD_SIZE=str(len(ranks)), LOCAL_RANK=str(self.device.index or 0),
                           MASTER_ADDR=self.launch.address, MASTER_PORT=str(self.launch.port))
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        if self.device.type == "cuda" and "GLOO_SOCKET_IFNAME" in os.environ:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "=" + os.environ["GLOO_SOCKET_IFNAME"])
         dist.init_process_group(backend, store=dist.PrefixStore(f"island/{name}", self.store), rank=me,
                                 world_size=len(ranks), timeout=datetime.timedelta(seconds=self.timeouts.group))
 
@@ -148,6 +155,24 @@ class World:
         deadline = time.monotonic() + patience
         while self.launch.serves_store and self.store.add("left", 0) < self.size and time.monotonic() < deadline:
             time.sleep(0.02)
+
+
+def refuse_shared(devices: list[int], ranks: list[int], name: str) -> None:
+    """Raises UserError where two of `ranks` are on one GPU: NCCL, by which an island speaks, wants one for each."""
+    own = [devices[rank] for rank in ranks] if devices else ranks
+    for at, device in enumerate(own):
+        if device in own[:at]:
+            raise UserError(f"ranks {ranks[own.index(device)]} and {ranks[at]} would train together (island {name}) but are "
+                            "on one GPU, and NCCL wants one for each: start at most one rank a GPU, or give them different "
+                            "parts (placement.kind=dedicated placement.student_ranks=1, or as many "
+                            "placement.student_groups as student ranks), or set CUDA_VISIBLE_DEVICES= for the CPU")
+
+
+def _allow_many_files() -> None:
+    """As many open files as the system lets a process have: of many ranks' sockets most end on rank 0."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2**16) if hard == resource.RLIM_INFINITY else hard, hard))
 
 
 def _device(local_rank: int) -> torch.device:

@@ -66,7 +66,7 @@ def _server(repository: Path) -> str:
     folder = tempfile.mkdtemp(prefix="pkd-fork-")
     address = f"{folder}/socket"
     server = subprocess.Popen([sys.executable, __file__, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                              cwd=repository, env={**os.environ, "OMP_NUM_THREADS": "1",
+                              cwd=repository, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
                                                    "PYTHONPATH": f"{repository}:{repository / 'tests'}"})
     while (line := server.stdout.readline()) != "ready\n":  # DeepSpeed may say something first
         if not line:

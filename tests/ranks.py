@@ -24,7 +24,7 @@ def clean_environment() -> dict[str, str]:
     """This process's environment without what a launcher or Slurm put there."""
     kept = {key: value for key, value in os.environ.items() if key not in LAUNCHER and not key.startswith("SLURM_")}
     return {**kept, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1",
-            "XDG_CACHE_HOME": _cache()}
+            "CUDA_VISIBLE_DEVICES": "", "XDG_CACHE_HOME": _cache()}  # on a GPU: tests/test_gpu.py
 
 
 @functools.cache

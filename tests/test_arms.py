@@ -33,7 +33,7 @@ def cost_of(recipe) -> float:
 def test_students_views_and_data_are_equal_in_every_arm(changes):
     _, recipes, out = arms(*changes)
     base = load_recipe("digits", changes)
-    assert len(recipes) == 8 and set(out) == {"peers-long"}, "1.5 tops buy no two that are trained for longer"
+    assert len(recipes) == 8 and set(out) == {"peers-long"}, "two teachers for 1.5 tops are what peers has"
     for recipe in recipes.values():
         assert all(getattr(recipe, key) == getattr(base, key) for key in EQUAL)
 
@@ -48,6 +48,16 @@ def test_every_arm_asks_what_its_name_says():
     assert (said["top-t20"].temperature, said["top-t20"].weights) == (20, (0.6,))
     assert said["paper-plain"].ensemble == (0, 0) and said["paper"].ensemble == (0.2, 0.8)
     assert {name for name, arm in known.items() if arm.control} == {"alone", "top", "top-t20", "peers", "top-long"}
+
+
+@pytest.mark.parametrize(("changes", "count"), [
+    ((), 2), (("pyramid.1.model=pkd_resnet_m", "pyramid.1.teachers=1"), 2),
+    (("pyramid.1.model={name: pkd_resnet_s, width: 1.3}",), 2)])
+def test_peers_cost_what_any_pyramid_costs(changes, count):
+    """Also one of 1.5 times its top."""
+    _, recipes, _ = arms(*changes)
+    assert len(recipes["peers"].pyramid) == count
+    assert cost_of(recipes["peers"]) == pytest.approx(cost_of(recipes["composed"]), rel=0.02)
 
 
 def test_controls_cost_what_the_pyramid_costs():
@@ -73,6 +83,7 @@ def test_costs_are_three_forwards_a_sample_of_every_step():
 def test_the_recipes_own_constants_are_those_of_its_kind():
     _, recipes, _ = arms("objective={kind: composed, temperature: 2}")
     assert recipes["composed"].objective.temperature == 2 and recipes["paper"].objective.temperature is None
+    assert recipes["peers"].objective == recipes["composed"].objective, "or a gain of theirs would be the pyramid's"
     _, recipes, _ = arms("objective={kind: paper, weights: [0.1, 0.2], ensemble: [0.5, 0.5]}")
     assert recipes["paper"].objective.weights == (0.1, 0.2) == recipes["paper-plain"].objective.weights
     assert recipes["paper-plain"].objective.ensemble == (0, 0)
@@ -126,7 +137,8 @@ def test_an_arm_of_ones_own_is_a_name_and_changes():
 @pytest.mark.parametrize(("change", "key"), [("data.seed=1", "data"), ("seed=1", "seed"), ("distill.epochs=1", "distill"),
                                              ("views={}", "views"), ("students.0.model.width=2", "students"),
                                              ("students.0.lr=0.3", "students"),
-                                             ("deepspeed.students=zero2-bf16", "deepspeed.students")])
+                                             ("deepspeed.students=zero2-bf16", "deepspeed.students"),
+                                             ("placement.accumulation=2", r"placement\.accumulation")])
 def test_an_arm_may_not_change_what_students_are_and_see(change, key):
     arm = own_arm(f"mine={change}")
     with pytest.raises(UserError, match=f"arm mine changes {key}"):

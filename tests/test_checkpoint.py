@@ -52,7 +52,8 @@ def measured(folder: Path, stage: str, device: torch.device) -> dict:
 
 def worker(rank: int, port: int, folder: Path) -> None:
     """One of two ranks; leaves what it measured in bytes, stage by stage."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                      CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
     from pkd.launcher import read_launch
     from pkd.recipe import Timeouts

@@ -32,6 +32,15 @@ def test_evaluate_shows_every_model_and_counts_its_readings_of_the_test_split(ev
     assert json.loads((evaluated / "summary.json").read_text())["test_readings"] == 2
 
 
+def test_a_mistake_is_found_before_the_test_split_is_read(evaluated, taught, tmp_path):
+    before = json.loads((evaluated / "test-readings.json").read_text())
+    assert "level0" in refused(1, "evaluate", evaluated, f"teachers_from={tmp_path}")
+    assert json.loads((evaluated / "test-readings.json").read_text()) == before
+    (evaluated / "test-readings.json").unlink()  # a run of before there was such a file
+    run(1, "evaluate", evaluated, f"teachers_from={taught}")
+    assert json.loads((evaluated / "summary.json").read_text())["test_readings"] == before["test_readings"] + 1
+
+
 def test_the_predictions_that_are_kept_make_the_figures_of_the_summary(evaluated):
     summary = json.loads((evaluated / "summary.json").read_text())
     kept = Predictions.read(evaluated / "predictions")
@@ -41,6 +50,14 @@ def test_the_predictions_that_are_kept_make_the_figures_of_the_summary(evaluated
         assert own["accuracy"] == kept.correct[index].double().mean().item()
         assert own["loss"] == pytest.approx(kept.loss[index].double().mean().item(), rel=1e-5)
     assert [own["calibration_error"] for own in figures] == kept.calibration_errors()
+
+
+def test_evaluate_finds_what_training_found_on_the_validation_split(evaluated):
+    """The same weights on the same images, by other code: in eval mode, with the running statistics."""
+    summary = json.loads((evaluated / "summary.json").read_text())
+    for name, own in summary["students"].items():
+        kept = json.loads((evaluated / "students" / f"{name}.json").read_text())
+        assert own["validation_accuracy"] == kept["validation"]["accuracy"], name
 
 
 def test_the_files_of_a_run_hold_the_keys_that_the_readme_names(evaluated, taught):

@@ -192,6 +192,17 @@ def test_npz_with_its_own_test_split_and_names(tmp_path):
              y_test=np.arange(9) % 3, classes=np.array(["ア", "b", "c"]))
     data = load_data(Data(name="npz", path=str(tmp_path / "a.npz")))
     assert data.splits["test"].tolist() == list(range(30, 39)) and data.classes == ("ア", "b", "c")
+    assert set(data.splits["validation"].tolist()) < set(range(30))
+
+
+def test_npz_with_its_own_validation_split(tmp_path):
+    x, y = pixels(42, 4, 4), np.arange(42) % 3
+    np.savez(tmp_path / "a.npz", x_train=x[:30], y_train=y[:30], x_validation=x[30:33], y_validation=y[30:33],
+             x_test=x[33:], y_test=y[33:])
+    data = load_data(Data(name="npz", path=str(tmp_path / "a.npz")))
+    assert {name: ids.tolist() for name, ids in data.splits.items()} == {
+        "train": list(range(30)), "validation": [30, 31, 32], "test": list(range(33, 42))}
+    assert torch.equal(data.images.array[:, 0], torch.from_numpy(x)) and data.labels.tolist() == y.tolist()
 
 
 def test_csv_rows_of_several_labels_are_dropped_and_counted(tmp_path):

@@ -206,6 +206,9 @@ X, Y = pictures(8, 4, 4), np.arange(8) % 2
     ({"x": X[:, :2, :0], "y": Y}, ["[8, 2, 0]", "must be [n, h, w]"]),
     ({"x": X.reshape(8, 2, 2, 4), "y": Y}, ["[8, 2, 2, 4]", "must be [n, h, w]"]),
     ({"x_train": X, "y_train": Y, "x_test": X[:, :3], "y_test": Y}, ["(1, 4, 4)", "(1, 3, 4)", "make them equal"]),
+    ({"x_train": X, "y_train": Y, "x_validation": X, "x_test": X, "y_test": Y}, ["lacks y_validation"]),
+    ({"x_train": X, "y_train": Y, "x_validation": X[:, :3], "y_validation": Y, "x_test": X, "y_test": Y},
+     ["those of x_validation (1, 3, 4)", "make them equal"]),
     ({"x": X, "y": Y.astype(object)}, ["without objects"]),
     ({"x": X[:5], "y": Y[:5]}, ["class '1' has 2", "at least 3", "add images"])])
 def test_npz_that_cannot_be_used_is_refused(tmp_path, arrays, words):

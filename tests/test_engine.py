@@ -59,7 +59,7 @@ def everything(engine):
 
 def worker(rank, port, path):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+                      MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
     from pkd.ds_config import load_ds_config
     from pkd.engine import Engine

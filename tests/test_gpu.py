@@ -3,6 +3,8 @@
 Islands have one rank each, for NCCL wants a GPU for every rank of a group: several student ranks are groups of students.
 """
 
+import os
+
 import pytest
 import torch
 from ranks import run, students, trace
@@ -15,12 +17,18 @@ from pkd.teacher import TeacherHost
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
 EXACT = "deterministic=true"
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+
+
+def on_gpu(world: int, *arguments) -> None:
+    """As run(), whose ranks see no GPU otherwise; each a process of its own, for CUDA does not survive a fork."""
+    run(world, *arguments, prefix=("env",), env=lambda rank: {"CUDA_VISIBLE_DEVICES": VISIBLE})
 
 
 @pytest.fixture(scope="module")
 def alone(tiny, taught, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone") / "run"
-    run(1, "distill", tiny, "--run-folder", folder, f"teachers_from={taught}", EXACT)
+    on_gpu(1, "distill", tiny, "--run-folder", folder, f"teachers_from={taught}", EXACT)
     return folder
 
 
@@ -31,15 +39,15 @@ def alone(tiny, taught, tmp_path_factory):
 ])
 def test_ranks_that_share_a_gpu_come_to_the_students_of_one_process_bit_for_bit(tiny, new_run, alone, world, placement):
     folder, teachers_from = new_run("shared")
-    run(world, "distill", tiny, "--run-folder", folder, teachers_from, EXACT, *placement)
+    on_gpu(world, "distill", tiny, "--run-folder", folder, teachers_from, EXACT, *placement)
     assert (trace(folder), students(folder)) == (trace(alone), students(alone))
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tiny, new_run, alone):
     folder, teachers_from = new_run("stopped")
     words = ("distill", tiny, "--run-folder", folder, teachers_from, EXACT)
-    run(1, *words, "--steps", 14)
-    run(1, *words)
+    on_gpu(1, *words, "--steps", 14)
+    on_gpu(1, *words)
     assert (trace(folder), students(folder)) == (trace(alone), students(alone))
 
 
@@ -47,9 +55,9 @@ def test_the_archive_serves_the_losses_of_the_teachers(tiny, new_run):
     """A GPU may give a sample other last bits elsewhere in its block, and fp16 then rounds some logits to a neighbour."""
     (online, teachers_from), (archived, _) = new_run("online"), new_run("archived")
     words = (teachers_from, EXACT, "views.finite=1")
-    run(1, "distill", tiny, "--run-folder", online, *words)
-    run(1, "archive", tiny, "--run-folder", archived, *words)
-    run(1, "distill", tiny, "--run-folder", archived, *words, "soft_targets=archive")
+    on_gpu(1, "distill", tiny, "--run-folder", online, *words)
+    on_gpu(1, "archive", tiny, "--run-folder", archived, *words)
+    on_gpu(1, "distill", tiny, "--run-folder", archived, *words, "soft_targets=archive")
     for one, other in zip(trace(online), trace(archived), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-2), one["step"]
 
@@ -57,7 +65,8 @@ def test_the_archive_serves_the_losses_of_the_teachers(tiny, new_run):
 @pytest.mark.parametrize("config", ["zero0", "zero1-bf16", "zero1-fp16", "zero1-autocast", "zero3"])
 def test_every_dtype_and_the_last_stage_train(tiny, new_run, config):
     folder, teachers_from = new_run(config)
-    run(1, "distill", tiny, "--run-folder", folder, teachers_from, f"deepspeed.students={config}", "teachers.forward=fp32")
+    on_gpu(1, "distill", tiny, "--run-folder", folder, teachers_from, f"deepspeed.students={config}",
+           "teachers.forward=fp32")
     lines = trace(folder)
     for name in ("mobile", "shuffle"):
         assert sum(line["loss"][name] for line in lines[-5:]) < sum(line["loss"][name] for line in lines[:5])

@@ -1,8 +1,14 @@
 """What ranks tell each other about themselves, and what the planner makes of it; pure."""
 
+import pytest
 import torch
 
-from pkd.hardware import Hardware, cores_per_node, hardware, known_ranks, memory_per_rank, nodes, to_json
+from pkd.errors import UserError
+from pkd.hardware import Hardware, cores_per_node, devices, hardware, known_ranks, memory_per_rank, nodes, to_json
+from pkd.pyramid import Teacher
+from pkd.recipe import Model
+from pkd.teach import assign
+from pkd.world import refuse_shared
 
 GIB = 2**30
 
@@ -33,3 +39,25 @@ def test_this_process_describes_itself():
     assert found.device == "cpu" and found.memory > 0 and int(found.cores, 16) > 0
     assert Hardware(**{key: value for key, value in to_json([found])[0].items() if key != "rank"}) == found
     assert known_ranks([found, found], 2).memory == (found.memory // 2,) * 2
+
+
+ON_TWO_GPUS = [rank("a", "H100", unit="GPU-1"), rank("a", "H100", unit="GPU-1"), rank("a", "H100", unit="GPU-2"),
+               rank("b", "H100", unit="GPU-1")]
+
+
+def test_ranks_share_a_gpu_of_their_host_and_never_a_cpu():
+    assert devices(ON_TWO_GPUS) == (0, 0, 1, 2)
+    assert devices([rank("a"), rank("a"), rank("b")]) == (0, 1, 2)
+
+
+def test_ranks_of_one_gpu_are_not_put_into_one_island():
+    numbers = list(devices(ON_TWO_GPUS))
+    refuse_shared(numbers, [0, 2, 3], "students 0")
+    with pytest.raises(UserError, match=r"ranks 0 and 1 would train together \(island students 0\).*at most one rank a GPU"):
+        refuse_shared(numbers, [0, 1], "students 0")
+    top, *rest = [Teacher(f"t{n}", level, (0, 1), Model(name="x")) for n, level in enumerate((0, 1, 1, 1, 1))]
+    costs = {"t0": 4.0, **{teacher.name: 1.0 for teacher in rest}}
+    plan = assign([top, *rest], costs, numbers, 64)
+    assert plan[0] == (top, [0, 2, 3])
+    assert all(len(ranks) == 1 for _, ranks in plan[1:])
+    assert assign([top], costs, [0, 1, 2, 3], 64) == [(top, [0, 1, 2, 3])], "each on a device of its own"

@@ -95,6 +95,37 @@ def test_what_bounds_a_step_is_named():
     assert max(system.bounds(), key=system.bounds().get) == "the teacher ranks' work" and system.bound() == 3.0
 
 
+def test_the_plan_takes_the_exchange_that_the_run_will_take():
+    """Direct where broadcasts are dear: each student rank then gets the soft targets of its own samples only."""
+    links = Links(1e9, 0.0, float("inf"))
+    few = work_of(recipe(64), {"top": 0.1}, links=links)
+    many = replace(few, teachers={"top": replace(few.teachers["top"], width=10**5)})
+    system = {}
+    for name, work in (("few", few), ("many", many), ("told", replace(few, exchange="direct")),
+                       ("as ever", replace(many, exchange="broadcast"))):
+        system[name] = Planner(work, 5, 1, {}, Ranks()).rank_map(4, 1).system(work, 1, Ranks())
+    assert [system[name].places for name in system] == [0, 4, 4, 0]
+    assert system["many"].inbound() == pytest.approx(system["as ever"].inbound() / 4)
+    assert system["many"].outbound().max() < system["as ever"].outbound().max()
+
+
+def test_views_that_are_sent_cost_links_and_not_decoding():
+    work = replace(work_of(recipe(64), {"top": 0.1}, links=Links(1e6, 0.0, float("inf"))), view=0.5, image=10**6)
+    rebuilt, sent = (Planner(one, 2, 1, {}, Ranks()).rank_map(1, 1).system(one, 1, Ranks())
+                     for one in (work, replace(work, sent=True)))
+    assert rebuilt.answer[1] - sent.answer[1] == pytest.approx(64 * 0.5) and rebuilt.views is None
+    assert sent.bounds()["the link of a rank that is sent views"] >= 64
+
+
+def test_on_a_shared_gpu_only_one_rank_trains():
+    work = work_of(recipe(64), {"top": 5.0})
+    assert Planner(work, 2, 1, {}, Ranks(devices=(0, 1))).choose().map.kind == "co-located"
+    for shared in (2, 3):
+        found = Planner(work, shared, 1, {}, Ranks(devices=(0,) * shared)).choose().map
+        assert found.kind == "dedicated" and found.students == 1
+    assert Planner(replace(work, groups=2), 2, 1, {}, Ranks(devices=(0, 0))).trains(2), "each an island of its own"
+
+
 def test_groups_of_students_save_gradients_and_make_every_view_more_often():
     """Half of the parameters travel between half of the ranks; every group needs all views."""
     ranks, links = Ranks(), Links(1e9, 1e-4, 1e5)

@@ -151,6 +151,15 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_is_named(tiny, new_run):
     assert not (folder / "students").exists()
 
 
+@pytest.mark.parametrize(("stage", "words"), [("zero1", "the loss of student mobile"), ("zero3", "a student's gradient")])
+def test_a_gradient_that_is_not_finite_is_no_step_left_out_in_silence(tiny, new_run, stage, words):
+    """Of a finite loss: DeepSpeed would leave out the step of every student, the healthy ones' too, and say nothing."""
+    folder, teachers_from = new_run("run")
+    sentence = refused(1, "distill", tiny, "--run-folder", folder, teachers_from, "students.0.model=own_model:Cusp",
+                       f"deepspeed.students={stage}")
+    assert words in sentence and "was not finite at step" in sentence
+
+
 def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(tiny, new_run):
     """Files above a limit cannot be written (as on a full disk); the next start goes on from what was saved."""
     folder, teachers_from = new_run("run")

@@ -1,5 +1,6 @@
 """The set of glyphs that a user renders: designs apart, the same every time, refused where there are too few fonts."""
 
+import itertools
 import shutil
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ import render_glyphs
 from render_glyphs import CHARACTERS, Font, designs, divide, find_fonts, main
 
 FONTS = Path("/usr/share/fonts")
-SMALL = ["--characters", "10", "--train", "6", "--test", "2", "--least", "2"]
+SMALL = ["--characters", "10", "--train", "6", "--validation", "2", "--test", "2", "--least", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +36,13 @@ def test_there_are_100_characters():
 
 
 @given(st.integers(2, 40), st.integers(0, 2**32))
-def test_a_quarter_of_the_designs_is_for_testing_and_every_design_on_one_side(count, seed):
+def test_every_design_is_for_one_thing_a_quarter_for_testing_and_an_eighth_for_validation(count, seed):
     every = [[Font(f"{k}.ttf", 0, frozenset({str(k)}))] for k in range(count)]
-    train, test = divide(every, seed)
-    assert sorted(map(str, train + test)) == sorted(map(str, every)) and train
-    assert len(test) == max(1, round(count / 4)) and divide(every, seed) == (train, test)
+    parts = divide(every, seed)
+    assert list(parts) == ["train", "validation", "test"] and parts["train"]
+    assert sorted(map(str, itertools.chain(*parts.values()))) == sorted(map(str, every))
+    assert len(parts["test"]) == max(1, round(count / 4)) and len(parts["validation"]) == round(count / 8)
+    assert divide(every, seed) == parts
 
 
 def test_weights_of_a_family_and_fonts_with_the_same_drawings_are_one_design(fonts):
@@ -58,13 +61,14 @@ def test_the_same_seed_renders_the_same_file_and_another_seed_another(fonts, tmp
     assert main([*SMALL, "--fonts", str(FONTS), "--to", str(tmp_path / "a.npz")]) == 2, "what is there stays"
     a, b, c = ((tmp_path / f"{name}.npz").read_bytes() for name in "abc")
     assert a == b != c
-    images, labels, classes, test = read_npz(tmp_path / "a.npz")
-    assert images.shape == (80, 1, 28, 28) and test == 20 and len(set(classes)) == 10 and set(classes) < set(CHARACTERS)
-    assert np.bincount(labels[:60]).tolist() == [6] * 10 and np.bincount(labels[60:]).tolist() == [2] * 10
-    assert len({image.tobytes() for image in images}) == 80 and images.std((1, 2, 3)).min() > 5
-    assert Image.open(tmp_path / "a.png").width == 8 * 28
+    images, labels, classes, test, validation = read_npz(tmp_path / "a.npz")
     said = capsys.readouterr().out
-    assert "training: " in said and "testing: " in said
+    assert "train: " in said and "test: " in said and validation == (20 if "validation: " in said else 0)
+    assert images.shape == (80 + validation, 1, 28, 28) and test == 20
+    assert len(set(classes)) == 10 and set(classes) < set(CHARACTERS)
+    assert np.bincount(labels[:60]).tolist() == [6] * 10 and np.bincount(labels[-20:]).tolist() == [2] * 10
+    assert len({image.tobytes() for image in images}) == len(images) and images.std((1, 2, 3)).min() > 5
+    assert Image.open(tmp_path / "a.png").width == 8 * 28
 
 
 def test_too_few_designs_are_refused_and_what_was_there_stays(tmp_path, capsys):

@@ -62,7 +62,8 @@ def test_what_cannot_be_sharded_is_refused(tiny, new_run, world, overrides, word
 
 def worker(rank, port, folder):
     """One of two ranks that hold a network together; leaves what it measured, in bytes."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                      CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
     from pkd.ds_config import load_ds_config
     from pkd.launcher import read_launch

@@ -50,8 +50,8 @@ def test_the_best_control_is_chosen_by_validation():
     found = figures_of([made_up(arm, seed, *own) for arm, own in arms.items() for seed in (0, 1)], list(arms))
     assert found["best_control"] == "peers" and found["complete"] and found["missing"] == []
     deciding = [one for one in found["differences"] if one["decides"]]
-    assert {one["arm"] for one in deciding} == {"alone", "top", "composed"}
-    assert all(one["against"] == "peers" and one["network"] == "ensemble" for one in deciding)
+    assert [(one["arm"], one["against"], one["network"]) for one in deciding] == [("composed", "peers", "ensemble")]
+    assert found["challenger"] == "composed"
     against = {(one["arm"], one["against"]) for one in found["differences"]}
     assert against == {(arm, other) for arm in arms for other in ("top", "peers") if arm != other}
     mean, sd = found["arms"]["composed"]["networks"]["ensemble"]["accuracy"]
@@ -65,12 +65,27 @@ def test_an_unfinished_study_compares_the_seeds_that_both_arms_have():
     results = [made_up("top", 0, 0.8, 0.8, True), made_up("peers", 0, 0.8, 0.9, True), made_up("top", 1, 0.8, 0.8, True)]
     found = figures_of(results, ["top", "peers", "composed"])
     assert not found["complete"] and found["missing"] == ["peers-seed-1", "composed-seed-0", "composed-seed-1"]
-    assert found["best_control"] == "top", "a control that lacks a seed is not chosen yet"
-    assert [(one["arm"], one["seeds"], one["difference"]) for one in found["differences"]] == [("peers", 1, 0)] * 2
+    assert found["best_control"] == "peers", "on the seed that both controls have"
+    assert {(one["arm"], one["against"], one["seeds"], one["difference"]) for one in found["differences"]} == {
+        ("peers", "top", 1, 0), ("top", "peers", 1, 0)}
     assert found["arms"]["peers"]["networks"]["mobile"]["accuracy"][1] is None
     said = "\n".join(remarks(found))
     assert "single seed" in said and "composed-seed-1" in said and "read 3 times" in said
-    assert arms_table(found).row_count == 2 and differences_table(found).row_count == 1
+    assert arms_table(found).row_count == 2 and differences_table(found).row_count == 2
+
+
+def test_a_control_that_lacks_seeds_may_be_the_best_but_nothing_decides_then():
+    """Screened with one seed, confirmed with three: a strong control is not forgotten because it was screened only."""
+    results = [made_up("peers", 0, 0.9, 0.9, True)]
+    results += [made_up("top", seed, 0.8, 0.8, True) for seed in range(3)]
+    results += [made_up("composed", seed, 0.85, 0.85) for seed in range(3)]
+    found = figures_of(results, ["top", "composed"], (0, 1, 2))
+    assert found["best_control"] == "peers" and not any(one["decides"] for one in found["differences"])
+    assert any("peers lacks seeds" in text and "--seeds 1,2," in text for text in remarks(found))
+    results += [made_up("peers", seed, 0.9, 0.9, True) for seed in (1, 2)]
+    found = figures_of(results, ["top", "composed"], (0, 1, 2))
+    assert [(one["arm"], one["against"]) for one in found["differences"] if one["decides"]] == [("composed", "peers")]
+    assert any("80 % with three" in text for text in remarks(found))
 
 
 def test_nothing_finished_yet_is_no_error():
@@ -182,6 +197,7 @@ def test_mistakes_end_a_study_before_anything_is_started(tiny, taught, tmp_path)
     assert "pyramid of its own" in refused(1, *mine, f"teachers_from={taught}")
     assert "did you mean 'paper'" in refusal(*mine, "--arms", "papr")
     assert "arm mine changes distill" in refusal(*mine, "--arm", "mine=distill.epochs=1")
+    assert "arm mine sets teachers_from" in refusal(*mine, "--arm", f"mine=teachers_from={tmp_path}")
     assert "--on here runs one process" in refusal(*mine, "--ranks-per-node", 2)
     assert "you asked for 9" in refusal(*mine, "--on", "torchrun", "--ranks-per-node", 9)
     assert "names a seed twice" in refusal(*mine, "--seeds", "1,1")
@@ -190,6 +206,15 @@ def test_mistakes_end_a_study_before_anything_is_started(tiny, taught, tmp_path)
     assert "seed 0 of study" in refused(1, *mine, "--arms", "alone")
     lock.release()
     assert not (folder / "runs").exists()
+
+
+def test_an_arm_that_is_refused_does_not_keep_the_others_waiting(tiny, tmp_path):
+    ended = Ranks(1, "study", tiny, "distill.epochs=1", "--arms", "bad,fine", "--seeds", "7,", "--study-folder", tmp_path,
+                  "--arm", "bad=objective={kind: alone, ensemble: [1.0e+30, 1.0e+30]}",
+                  "--arm", "fine=objective={kind: alone, ensemble: [0.1, 0.1]}").wait()[0]
+    assert ended.code == 2 and "bad-seed-7 ended as said above" in ended.err and "was not finite" in ended.err, ended
+    assert [path.name for path in tmp_path.glob("results/*")] == ["fine-seed-7.json"]
+    assert json.loads((tmp_path / "study.json").read_text())["missing"] == ["bad-seed-7"]
 
 
 def test_a_study_on_slurm_is_an_array_over_seeds_and_a_table(tiny, tmp_path):

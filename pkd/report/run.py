@@ -35,7 +35,7 @@ def _notes(facts: Facts) -> list[str]:
     stands, notes = facts.standing, []
     if stands.why:
         notes.append(f"The last start was refused: {stands.why}")
-    if not facts.teachers:
+    if not facts.teachers and facts.recipe["objective"]["kind"] != "alone":
         notes.append("The pyramid is not there: no teacher has been trained yet, or their files are gone.")
     elif stands.teachers_done < len(stands.teachers):
         notes.append(f"{stands.teachers_done} of {len(stands.teachers)} teachers are trained.")
@@ -59,9 +59,9 @@ def _cards(facts: Facts) -> list[tuple[str, str]]:
     beside = [(percent(top.accuracy), f"top teacher, {top.split}")] if top and top.level == 0 else []
     summary = facts.summary
     if summary:
-        best = max(summary["students"], key=lambda name: summary["students"][name]["accuracy"])
+        best = max(summary["students"], key=lambda name: summary["students"][name]["validation_accuracy"])
         return [(percent(summary["ensemble"]["accuracy"]), f"ensemble of {len(summary['students'])} students, test"),
-                (percent(summary["students"][best]["accuracy"]), f"best student, {best}, test"), *beside,
+                (percent(summary["students"][best]["accuracy"]), f"student {best}, the best by validation, test"), *beside,
                 (_count(summary["ensemble"]["parameters"]), "parameters of the ensemble"
                  + (f", top teacher {_count(top.parameters)}" if beside and top.parameters else "")),
                 (f"{summary['images_per_second']:,.0f}", "training images per second, median epoch")]

@@ -11,6 +11,7 @@ from pkd.report.page import Page, Section, Table
 from pkd.report.study_facts import ENSEMBLE, Study, has_interval, interval, points, spread
 from pkd.report.study_plots import compute, forest
 from pkd.report.style import Plot, counted, percent, short
+from pkd.study.table import coverage, lacking
 
 
 def page_of(path: Path) -> Page:
@@ -40,8 +41,7 @@ def _notes(study: Study) -> list[str]:
     if not tree["complete"]:
         some = ", ".join(tree["missing"][:8]) + f" and {len(tree['missing']) - 8} more" * (len(tree["missing"]) > 8)
         notes.append(f"The study is not complete ({counted(study.runs, 'run')} done); not finished: {some}.")
-    if any(one["seeds"] == 1 for one in study.differences):
-        notes.append("Intervals of a single seed speak of test images only: another seed may differ by more.")
+    notes += [text[0].upper() + text[1:] + "." for text in (*lacking(tree), *coverage(tree))]
     if len(tree["world_sizes"]) > 1:
         notes.append(f"Arms ran on different numbers of ranks ({', '.join(map(str, tree['world_sizes']))}), so that their "
                      "students' batch statistics differ too.")
@@ -51,16 +51,15 @@ def _notes(study: Study) -> list[str]:
 def _cards(study: Study) -> list[tuple[str, str]]:
     measured, cards = study.measured, []
     if measured:
-        best = max(measured, key=study.accuracy)
-        cards.append((percent(study.accuracy(best)), f"best ensemble on the test split: {best}"))
+        best = max(measured, key=lambda name: measured[name]["networks"][ENSEMBLE]["validation_accuracy"][0])
+        cards.append((percent(study.accuracy(best)), f"ensemble of the arm that is best by validation: {best}"))
     if study.control in measured:
         cards.append((percent(study.accuracy(study.control)),
                       f"best control, chosen by validation: {study.control}"))
-    judged = [one for one in study.deciding if not study.arms[one["arm"]]["control"]]
-    judged.sort(key=lambda one: -study.arms[one["arm"]]["networks"][ENSEMBLE]["validation_accuracy"][0])
-    for one in judged[:1]:
-        cards.append((f"{points(one['difference'])} points",
-                      f"{one['arm']} against the best control, 95 % interval {interval(one)}"))
+    for one in study.judged:
+        if one["decides"]:
+            cards.append((f"{points(one['difference'])} points",
+                          f"{one['arm']} against the best control, 95 % interval {interval(one)}"))
     return cards
 
 
@@ -68,7 +67,9 @@ def _verdict(study: Study) -> Section:
     if not study.control:
         return Section("Verdict", ["There is no best control yet: no control has a finished seed."])
     text = [f"The best control, chosen by validation accuracy of the ensemble, is \"{study.control}\"."]
-    text += [_decision(study, one) for one in study.deciding] or ["Nothing has been compared with it yet."]
+    if any(one["decides"] for one in study.judged):
+        text.append("One comparison decides, that of the other arm with the best validation accuracy; it comes first.")
+    text += [_decision(study, one) for one in study.judged] or ["Nothing has been compared with it yet."]
     return Section("Verdict", text)
 
 

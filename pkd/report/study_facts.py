@@ -36,10 +36,10 @@ class Study:
         return [one for one in self.tree["differences"] if one["difference"] is not None]
 
     @property
-    def deciding(self) -> list[dict]:
-        """The differences that decide, the largest first; other controls come after all that is to be judged."""
-        return sorted((one for one in self.differences if one["decides"]),
-                      key=lambda one: (self.arms[one["arm"]]["control"], -one["difference"]))
+    def judged(self) -> list[dict]:
+        """Ensembles' differences from the best control: the one that decides, other arms, the largest first, controls."""
+        return sorted((one for one in self.differences if one["against"] == self.control and one["network"] == ENSEMBLE),
+                      key=lambda one: (not one["decides"], self.arms[one["arm"]]["control"], -one["difference"]))
 
     @property
     def measured(self) -> dict[str, dict]:

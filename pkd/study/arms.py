@@ -51,7 +51,8 @@ def student_flops(recipe: Recipe, shape: Shape, samples: int) -> float:
 def built_in(recipe: Recipe, shape: Shape, classes: tuple[str, ...]) -> tuple[list[Arm], dict[str, str]]:
     """The arms that every study has, and those that do not suit this recipe: name -> why."""
     whole, top = pyramid_flops(recipe, shape)
-    ratio, count = whole / top, round(whole / top)
+    ratio = whole / top
+    count = max(2, int(ratio + 0.5))
     alone = recipe.pyramid[0].model_dump(mode="json", exclude_unset=True)
     long = max(1, round(recipe.teachers.steps * ratio))
     paper = recipe.objective.model_dump(mode="json", exclude_unset=True) if recipe.objective.kind == "paper" \
@@ -60,17 +61,18 @@ def built_in(recipe: Recipe, shape: Shape, classes: tuple[str, ...]) -> tuple[li
         if recipe.objective.kind == "composed" else {"kind": "composed"}
     only, soft = _as("pyramid", [alone]), _as("objective", {"kind": "top", "temperature": 4, "weights": [1]})
     paper_20 = _as("objective", {"kind": "top", "temperature": 20, "weights": [0.6]})
+    each = max(1, round(recipe.teachers.steps * ratio / count))
     arms = [
         Arm("alone", "labels only", (only, _as("objective", {"kind": "alone"})), True),
         Arm("top", "the top teacher, temperature 4, weight 1", (only, soft), True),
         Arm("top-t20", "the top teacher, temperature 20, weight 0.6", (only, paper_20), True),
-        Arm("peers", f"the mean of {count} teachers that know every class",
-            (_as("pyramid", [alone] * count), _as("objective", {"kind": "composed"})), True),
+        Arm("peers", f"the mean of {count} teachers that know every class, each trained {ratio / count:.2f} times as long",
+            (_as("pyramid", [alone] * count), f"teachers.steps={each}", _as("objective", composed)), True),
         Arm("top-long", f"one top teacher, trained {ratio:.1f} times as long",
             (only, f"teachers.steps={long}", soft), True),
         Arm("peers-long", f"the mean of 2 teachers that know every class, each trained {ratio / 2:.1f} times as long",
             (_as("pyramid", [alone] * 2), f"teachers.steps={max(1, round(long / 2))}",
-             _as("objective", {"kind": "composed"})), True),
+             _as("objective", composed)), True),
         Arm("paper-plain", "the paper's objective without its ensemble loss",
             (_as("objective", paper | {"ensemble": [0] * len(recipe.students)}),)),
         Arm("paper", "the paper's objective", (_as("objective", paper),)),
@@ -82,12 +84,11 @@ def built_in(recipe: Recipe, shape: Shape, classes: tuple[str, ...]) -> tuple[li
 
 def _unsuitable(recipe: Recipe, classes: tuple[str, ...], ratio: float, count: int) -> dict[str, str]:
     out = {}
-    if count < 2:
-        out["peers"] = f"the pyramid costs {ratio:.2f} times its top, which buys no second teacher"
     if ratio < LONGER:
+        out["peers"] = f"the pyramid costs {ratio:.2f} times its top, which buys no second teacher"
         out["top-long"] = f"the pyramid costs {ratio:.2f} times its top, which buys no longer training"
-    if ratio / 2 < LONGER:
-        out["peers-long"] = f"the pyramid costs {ratio:.2f} times its top, which buys no longer training of two teachers"
+    if count == 2:
+        out["peers-long"] = f"the pyramid costs {ratio:.2f} times its top: two teachers are what peers has"
     pyramid = build_pyramid(recipe.pyramid, classes, recipe.seed)
     overlap = [level for level in sorted({t.level for t in pyramid.teachers}) if not pyramid.partitions(level)]
     if overlap:
@@ -127,7 +128,9 @@ def choose(known: list[Arm], left_out: dict[str, str], own: list[Arm], wanted: l
 def refuse_unequal(base: Recipe, arm: Arm, recipe: Recipe) -> None:
     """Raises UserError where an arm's students see or are something else, so that nothing could be compared."""
     both = [{"data": r.data, "views": r.views, "distill": r.distill, "seed": r.seed, "channels_last": r.channels_last,
-             "students": r.students, "deepspeed.students": r.deepspeed.students} for r in (base, recipe)]
+             "students": r.students, "deepspeed.students": r.deepspeed.students,
+             "placement.accumulation": r.placement.accumulation, "placement.student_groups": r.placement.student_groups}
+            for r in (base, recipe)]
     for key in both[0]:
         if both[0][key] != both[1][key]:
             raise UserError(f"arm {arm.name} changes {key}, but the students of all arms must be alike and see the same: "

@@ -26,6 +26,7 @@ from pkd.study.table import arms_table, differences_table, remarks
 from pkd.study.teachers import folder_name, hand_on, teacher_words
 
 MOST = 100  # seeds
+REFUSED = 2  # the exit code of what the user must mend
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,13 @@ class Study:
         kept = [word for word in self.arguments.overrides if not word.partition("=")[0].startswith(whole)]
         words = [self.arguments.recipe, *kept, *arm.changes, f"seed={seed}"]
         recipe = load_recipe(words[0], words[1:])
+        if recipe.teachers_from:
+            raise UserError(f"arm {arm.name} sets teachers_from, but every seed of a study trains teachers of its own: "
+                            "leave it out")
         refuse_unequal(self.base.model_copy(update={"seed": seed}), arm, recipe)
         # Students of all arms see equally large batches a rank, with teachers, without, and from the archive.
-        words += ["placement.kind=co-located", "placement.replicas={}"] if self.ranks > 1 else []
+        words += [f"placement.kind={'co-located' if self.ranks > 1 else 'single'}", "placement.student_ranks=null",
+                  "placement.replicas={}"]
         words += fitting_shards(recipe)
         return Trial(arm, load_recipe(words[0], words[1:]), words)
 
@@ -94,6 +99,7 @@ class Study:
             wanted = [_of_this_element(self.seeds)]
         elif self.arguments.dry_run:
             wanted = self.seeds[:1]  # the others are alike
+        refused: list[str] = []
         for seed in wanted:
             trials = [trial for trial in self.trials if trial.recipe.seed == seed and not self.is_done(trial)]
             lock = self._lock(seed) if trials and not self.arguments.dry_run else None
@@ -102,13 +108,19 @@ class Study:
                     continue
                 self.console.say(f"arm {trial.arm.name}, seed {seed}: {trial.arm.title}")
                 code = self._run(trial)
+                if code == REFUSED:  # it would be again; the other arms need not wait for its mending
+                    refused.append(trial.name)
+                    continue
                 if code is not None:
                     return code
                 if not self.arguments.dry_run:
                     self.aggregate()
             if lock:
                 lock.release()
-        return 0
+        if refused:
+            self.console.error(f"pkd: {', '.join(refused)} ended as said above: mend that and start the same command again, "
+                               "or leave the arm out by --arms")
+        return REFUSED if refused else 0
 
     def _run(self, trial: Trial) -> int | None:
         """One arm with one seed, from its teachers to its result; an exit code where it did not come to its end."""

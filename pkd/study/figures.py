@@ -16,16 +16,17 @@ def aggregate(name: str, results: list[dict], order: list[str], seeds: list[int]
               classes: int) -> dict:
     """order: the study's arms, seeds: its seeds; other arms that have results come after them.
 
-    The best control is the one whose ensemble has the highest mean validation accuracy, among those with teachers that
-    have finished the most seeds.
+    The best control and the challenger, the best of the other arms, are those whose ensembles have the highest mean
+    validation accuracy. The difference between these two decides, if the control has all seeds that the challenger has.
     """
     by_arm: dict[str, dict[int, dict]] = {arm: {} for arm in order}
     for result in results:
         by_arm.setdefault(result["arm"], {})[result["seed"]] = result
     arms = {arm: _arm(own) for arm, own in by_arm.items() if own}
-    best = _best_control(arms)
+    best, challenger = _best(by_arm, control=True), _best(by_arm, control=False)
     differences = [difference for arm in arms for against in dict.fromkeys(a for a in (YARDSTICK, best) if a in arms)
-                   if against != arm for difference in _differences(by_arm, arm, against, against == best)]
+                   if against != arm
+                   for difference in _differences(by_arm, arm, against, (arm, against) == (challenger, best))]
     return {
         "recipe": name, "written": time.time(), "classes": classes,
         "test_images": results[0]["test_images"] if results else None,
@@ -34,7 +35,7 @@ def aggregate(name: str, results: list[dict], order: list[str], seeds: list[int]
         "complete": all(seed in by_arm[arm] for arm in order for seed in seeds),
         "missing": [f"{arm}-seed-{seed}" for arm in order for seed in seeds if seed not in by_arm[arm]],
         "world_sizes": sorted({result["world_size"] for result in results}), "pyramid_flops": pyramid_flops,
-        "arms": arms, "best_control": best, "differences": differences}
+        "arms": arms, "best_control": best, "challenger": challenger, "differences": differences}
 
 
 def _arm(own: dict[int, dict]) -> dict:
@@ -53,15 +54,19 @@ def _arm(own: dict[int, dict]) -> dict:
             "teachers": {name: mean_sd(values)[0] for name, values in teachers.items()}}
 
 
-def _best_control(arms: dict[str, dict]) -> str | None:
-    controls = [arm for arm, own in arms.items() if own["control"]]
-    most = max((len(arms[arm]["seeds"]) for arm in controls), default=0)
-    return max((arm for arm in controls if len(arms[arm]["seeds"]) == most), default=None,
-               key=lambda arm: arms[arm]["networks"][ENSEMBLE]["validation_accuracy"][0])
+def _best(by_arm: dict[str, dict[int, dict]], control: bool) -> str | None:
+    """By validation on the seeds that all controls (all others) have; without a common seed, on those that each has."""
+    arms = {arm: own for arm, own in by_arm.items() if own and next(iter(own.values()))["control"] == control}
+    shared = set.intersection(*map(set, arms.values())) if arms else set()
+
+    def validated(arm: str) -> float:
+        own = arms[arm]
+        return float(np.mean([own[seed]["networks"][ENSEMBLE]["validation_accuracy"] for seed in shared or own]))
+    return max(arms, default=None, key=validated)
 
 
-def _differences(by_arm: dict[str, dict[int, dict]], arm: str, against: str, best: bool) -> list[dict]:
-    """Of every network that both arms have, over the seeds that both have finished."""
+def _differences(by_arm: dict[str, dict[int, dict]], arm: str, against: str, decides: bool) -> list[dict]:
+    """Of every network that both arms have, over the seeds that both have finished; decides: if these are all of arm's."""
     seeds = sorted(set(by_arm[arm]) & set(by_arm[against]))
     if not seeds:
         return []
@@ -71,5 +76,5 @@ def _differences(by_arm: dict[str, dict[int, dict]], arm: str, against: str, bes
         one, other = (np.stack([right(by_arm[which][seed], name) for seed in seeds]) for which in (arm, against))
         difference, low, high = crossed_bootstrap(one, other)
         out.append({"arm": arm, "against": against, "network": name, "difference": difference, "interval": [low, high],
-                    "seeds": len(seeds), "decides": best and name == ENSEMBLE})
+                    "seeds": len(seeds), "decides": decides and name == ENSEMBLE and len(seeds) == len(by_arm[arm])})
     return out

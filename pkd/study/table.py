@@ -31,7 +31,7 @@ def differences_table(study: dict) -> Table:
     for (arm, against), own in rows.items():
         whole = own[ENSEMBLE]
         low, high = whole["interval"]
-        out.add_row(arm, against + (" (best control)" if whole["decides"] else ""), f"{100 * whole['difference']:+.1f}",
+        out.add_row(arm, against + (" (decides)" if whole["decides"] else ""), f"{100 * whole['difference']:+.1f}",
                     f"{100 * low:+.1f} to {100 * high:+.1f}",
                     *(f"{100 * own[name]['difference']:+.1f}" if name in own else "" for name in names),
                     str(whole["seeds"]), style="bold" if low > 0 or high < 0 else None)
@@ -42,10 +42,10 @@ def remarks(study: dict) -> list[str]:
     """What the tables do not say."""
     out = [f"{arm}: {own['title']}" for arm, own in study["arms"].items()]
     if study["best_control"]:
-        out.append(f"best control by validation: {study['best_control']}; what is against it decides")
-    counts = {one["seeds"] for one in study["differences"]}
-    if 1 in counts:
-        out.append("intervals of a single seed speak of test images only: another seed may differ by more")
+        out.append(f"best control by validation: {study['best_control']}"
+                   + (f"; against it one arm decides, the best of the others by validation: {study['challenger']}"
+                      if study["challenger"] else ""))
+    out += lacking(study) + coverage(study)
     if len(study["world_sizes"]) > 1:
         out.append(f"arms ran on different numbers of ranks ({', '.join(map(str, study['world_sizes']))}), so that their "
                    "students' batch statistics differ in more than the arm")
@@ -55,6 +55,27 @@ def remarks(study: dict) -> list[str]:
     out.append("teachers' cost is the arithmetic of their training, the pyramid's being 1; ECE (calibration error) and NLL "
                "(loss) are the ensemble's")
     return [*out, f"the test split was read {study['test_readings']} times in all"]
+
+
+def lacking(study: dict) -> list[str]:
+    """Whether the best control still lacks seeds of the arm that it is to be compared with."""
+    control, challenger = study["best_control"], study.get("challenger")
+    if not (control and challenger):
+        return []
+    lacks = sorted(set(study["arms"][challenger]["seeds"]) - set(study["arms"][control]["seeds"]))
+    return [f"nothing decides yet, for {control} lacks seeds that {challenger} has: run it with --seeds "
+            f"{','.join(map(str, lacks))},"] if lacks else []
+
+
+def coverage(study: dict) -> list[str]:
+    """What few seeds do to the intervals (tests/test_statistics.py; README)."""
+    counts = {one["seeds"] for one in study["differences"]}
+    if counts == {1}:
+        return ["intervals of a single seed speak of test images only: another seed may differ by more"]
+    if counts and min(counts) < 8:
+        return ["where seeds differ by more than test images explain, 95 % intervals cover about 90 % with five seeds and "
+                "80 % with three" + ("; those of a single seed speak of test images only" if 1 in counts else "")]
+    return []
 
 
 def _networks(study: dict) -> list[str]:

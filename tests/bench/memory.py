@@ -66,7 +66,7 @@ def element_and_stage(config: str) -> tuple[int, int]:
 
 def worker(rank: int, ranks: int, port: int, folder: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+                      MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
     world = World(read_launch(os.environ), Timeouts(start=60))
     found = {}
