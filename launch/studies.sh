@@ -8,12 +8,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./launch/setup.sh
 (($#)) || set -- digits fashion-mnist glyphs
 for recipe in "$@"; do
-    more=()
+    more=(--arm paper-all="objective={kind: paper, routes: all}" --arm paper-batch="objective={kind: paper, denominator: batch}")
     if [[ $recipe == glyphs ]]; then
         [[ -f data/glyphs.npz ]] || .venv/bin/python launch/render_glyphs.py
-        more=(--arm contiguous="pyramid.1.partition=contiguous pyramid.2.partition=contiguous"
-              --arm confusion="pyramid.1.partition=confusion pyramid.2.partition=confusion"
-              --arm paper-all="objective={kind: paper, routes: all}")
+        more+=(--arm contiguous="pyramid.1.partition=contiguous pyramid.2.partition=contiguous"
+               --arm confusion="pyramid.1.partition=confusion pyramid.2.partition=confusion")
     fi
     study=(.venv/bin/pkd study "$recipe" --study-folder "launch/studies/$recipe" "${more[@]}")
     printf '%s\n' ${SEEDS:-0 1 2 3 4} | OMP_NUM_THREADS=1 xargs -P "$(nproc)" -I% "${study[@]}" --seeds "%,"

@@ -63,7 +63,7 @@ class Setup:
         self.role = self.placement.role(world.rank)
         job.watchdog.role = self.role
         self.sends_views = recipe.teacher_views == "sent" and not self.archive and bool(self.asked)
-        self.unpacker = Unpacker(job.pyramid, self.asked)
+        self.unpacker = Unpacker(job.pyramid, self.asked, recipe.distill.batch if self.constants.per_batch else None)
         self._join_island()
         self.exchange = self._reader() if self.archive else self._exchange()
         job.beat("placed")

@@ -1,7 +1,7 @@
 """The constants of each objective, in place of those that the recipe leaves out.
 
 paper:    distillation weights 0.6 a level and 1.0 on the bottom one, temperature 20, ensemble terms 0.2 / 0.8 alternating;
-          a specialist is asked about its own classes' samples.
+          a specialist is asked about its own classes' samples, and its term is the mean over these.
 composed: temperature 4, weight 1, no ensemble term; every teacher is asked about every sample.
 top:      the top teacher only, temperature 4, weight 1.   alone: cross-entropy only; no teacher is asked.
 """
@@ -21,6 +21,7 @@ class Constants:
     ensemble: tuple[float, ...]  # one a student
     label_smoothing: tuple[float, ...]  # one a student
     own: bool  # a specialist is asked only about samples whose label it knows
+    per_batch: bool = False  # paper: a teacher's term is a sum over its routes divided by the batch, not by their number
 
     def of(self, students: list[int]) -> "Constants":
         """For some of the students only."""
@@ -41,6 +42,7 @@ def constants(recipe: Recipe, levels: int) -> Constants:
         ensemble=wish.ensemble if wish.ensemble is not None else ensemble,
         label_smoothing=tuple(student.label_smoothing for student in recipe.students),
         own=wish.kind == "paper" and wish.routes != "all",
+        per_batch=wish.denominator == "batch",
     )
 
 

@@ -164,6 +164,8 @@ class Objective(Section):
     weights: tuple[NonNegative, ...] | None = None  # paper: one a level from the top down; composed, top: one
     ensemble: tuple[NonNegative, ...] | None = None  # one a student: the pull of the ensemble's cross-entropy
     routes: Literal["own", "all"] | None = None  # paper only: which samples a specialist is asked about
+    # paper only: what a teacher's sum over its routes is divided by, their number or the batch's
+    denominator: Literal["teacher", "batch"] | None = None
 
 
 class Archive(Section):
@@ -265,8 +267,9 @@ class Recipe(Section):
         if objective.ensemble is not None and len(objective.ensemble) != len(names):
             raise ValueError(f"objective.ensemble needs one number a student ({len(names)}), "
                              f"found {len(objective.ensemble)}")
-        if objective.routes is not None and objective.kind != "paper":
-            raise ValueError(f"objective.routes is a choice of the paper objective only; {objective.kind} fixes it")
+        for key in ("routes", "denominator"):
+            if getattr(objective, key) is not None and objective.kind != "paper":
+                raise ValueError(f"objective.{key} is a choice of the paper objective only; {objective.kind} fixes it")
         if self.soft_targets == "archive" and self.views.different is None:
             raise ValueError("soft_targets is archive, but views are drawn anew in every epoch: set views.finite to a "
                              "number of views, leave the augmentation out, or set soft_targets to online")

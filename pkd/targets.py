@@ -10,9 +10,13 @@ from pkd.transfer import to_device
 
 
 class Unpacker:
-    """Tables of a pyramid that turn routes into padded, masked rows by level."""
+    """Tables of a pyramid that turn routes into padded, masked rows by level.
 
-    def __init__(self, pyramid: Pyramid, asked: list[int]):
+    batch: of the whole step, by which each row counts 1 / batch; None: 1 / (its teacher's routes in the step).
+    """
+
+    def __init__(self, pyramid: Pyramid, asked: list[int], batch: int | None = None):
+        self.batch = batch
         teachers = pyramid.teachers
         self.levels = sorted({teachers[index].level for index in asked})
         self.level_of = np.array([teacher.level for teacher in teachers])
@@ -38,7 +42,7 @@ class Unpacker:
         column = np.arange(self.width[members].max())
         mask = column < self.width[teacher][:, None]
         index = np.where(mask, routes.offset[rows][:, None] + column, 0)
-        share = 1.0 / np.maximum(routes.count[teacher], 1)
+        share = 1.0 / np.maximum(self.batch or routes.count[teacher], 1) + np.zeros(len(rows))
         logits = flat[torch.from_numpy(index)] if len(rows) else flat.new_zeros(index.shape)
         arrays = self.classes[teacher][:, column], mask, routes.position[rows] - micro.start, share.astype(np.float32)
         classes, known, sample, share = (to_device(torch.from_numpy(array), device) for array in arrays)

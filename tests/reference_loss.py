@@ -19,7 +19,7 @@ class Asked:
 
 def reference(
     logits: torch.Tensor, labels: list[int], teachers: list[Asked], kind: str, temperature: float,
-    weights: tuple[float, ...], ensemble: tuple[float, ...], smoothing: tuple[float, ...],
+    weights: tuple[float, ...], ensemble: tuple[float, ...], smoothing: tuple[float, ...], per_batch: bool = False,
 ) -> tuple[list[float], torch.Tensor]:
     """(L_s of every student, its gradient with respect to student s's own logits [students, samples, classes])."""
     losses, gradients = [], []
@@ -30,7 +30,7 @@ def reference(
         if kind == "composed":
             loss = loss + weights[0] * composed(students[s], teachers, temperature)
         for teacher in teachers if kind in ("paper", "top") else ():
-            loss = loss + weights[teacher.level] * asked_alone(students[s], teacher, temperature)
+            loss = loss + weights[teacher.level] * asked_alone(students[s], teacher, temperature, per_batch)
         mean = sum(students) / len(students)
         loss = loss + ensemble[s] * labelled(mean, labels, 0.0)
         loss.backward()
@@ -52,13 +52,13 @@ def divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     return (log_p.exp() * (log_p - log_q)).sum()
 
 
-def asked_alone(z: torch.Tensor, teacher: Asked, temperature: float) -> torch.Tensor:
-    """T^2 / |R_t| * sum over the teacher's routes of KL(teacher || student on the teacher's classes)."""
+def asked_alone(z: torch.Tensor, teacher: Asked, temperature: float, per_batch: bool) -> torch.Tensor:
+    """T^2 / |R_t| (per_batch: / |B|) * sum over the teacher's routes of KL(teacher || student on the teacher's classes)."""
     total = torch.zeros((), dtype=torch.float64)
     for n, u in teacher.answers.items():
         known = torch.stack([z[n, c] for c in teacher.classes])
         total = total + divergence(torch.log_softmax(u / temperature, 0), torch.log_softmax(known / temperature, 0))
-    return temperature**2 / max(1, len(teacher.answers)) * total
+    return temperature**2 / (len(z) if per_batch else max(1, len(teacher.answers))) * total
 
 
 def composed(z: torch.Tensor, teachers: list[Asked], temperature: float) -> torch.Tensor:

@@ -13,7 +13,7 @@ from reference_loss import Asked, reference
 from pkd.loss import LevelTargets, composed_target, pyramid_loss
 from pkd.objective import Constants
 
-KINDS = ("paper own", "paper all", "composed", "top", "alone")
+KINDS = ("paper own", "paper all", "paper batch", "composed", "top", "alone")
 SEEDS = st.integers(0, 2**32 - 1)
 quick = settings(max_examples=60, deadline=None)
 
@@ -71,7 +71,7 @@ def make_case(seed: int, kind: str, samples: int | None = None, scale: float = 3
             levels.append(groups_of(rng, everything[:-1]))
     levels = [] if kind == "alone" else levels
     labels = [int(c) for c in rng.choice(rng.integers(0, classes, size=3), samples)]  # many classes are absent
-    own = kind == "paper own"
+    own = kind in ("paper own", "paper batch")
     routes = [[(t, n) for t, known in enumerate(level) for n in range(samples) if not own or labels[n] in known]
               for level in levels]
     dtype = (torch.float16, torch.float32)[rng.integers(2)]
@@ -79,11 +79,11 @@ def make_case(seed: int, kind: str, samples: int | None = None, scale: float = 3
                for level, asked in zip(levels, routes)]
     precision = (torch.bfloat16, torch.float32)[rng.integers(2)]
     logits = torch.tensor(scale * rng.standard_normal((students, samples, classes))).to(precision)
-    kind = kind.split()[0]
+    kind, per_batch = kind.split()[0], kind == "paper batch"
     wanted = {"paper": len(levels), "alone": 0}.get(kind, 1)
     some = rng.random() < 0.5
     constants = Constants(kind, float(rng.uniform(1, 20)), tuple(rng.uniform(0, 2, wanted)),
-                          tuple(rng.uniform(0, 1, students) * some), tuple(rng.uniform(0, 0.3, students)), own)
+                          tuple(rng.uniform(0, 1, students) * some), tuple(rng.uniform(0, 0.3, students)), own, per_batch)
     return Case(logits, labels, levels, routes, answers, constants)
 
 
@@ -93,7 +93,8 @@ def computed(case: Case, start: int = 0, stop: int | None = None,
     stop = len(case.labels) if stop is None else stop
     levels = []
     for teachers, routes, answers in zip(case.levels, case.routes, case.answers):
-        count = [sum(t == teacher for t, _ in routes) for teacher in range(len(teachers))]
+        count = [len(case.labels) if case.constants.per_batch else sum(t == teacher for t, _ in routes)
+                 for teacher in range(len(teachers))]
         mine = [i for i, (_, n) in enumerate(routes) if start <= n < stop]
         local = [(routes[i][0], routes[i][1] - start) for i in mine]
         levels.append(level_targets(teachers, local, [answers[i] for i in mine], count))
@@ -113,7 +114,7 @@ def expected(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
             teachers.append(Asked(number, classes, rows))
     c = case.constants
     losses, gradient = reference(case.logits, case.labels, teachers, c.kind, c.temperature, c.weights, c.ensemble,
-                                 c.label_smoothing)
+                                 c.label_smoothing, c.per_batch)
     return torch.tensor(losses, dtype=torch.float64), gradient
 
 

@@ -125,6 +125,9 @@ def test_a_value_of_the_wrong_type_or_range_names_its_key(tmp_path, override, ke
     ({"students": [{"name": "ensemble", "model": "m"}]}, ["named ensemble"]),
     ({"objective": {"kind": "paper", "weights": [1]}}, ["objective.weights", "2 numbers", "found 1"]),
     ({"objective": {"kind": "composed", "routes": "own"}}, ["objective.routes"]),
+    ({"objective": {"kind": "top", "denominator": "batch"}}, ["objective.denominator", "paper objective only"]),
+    ({"pyramid": [{"model": "m", "teachers": 1}, {"model": "m", "classes": [[0, 1]], "partition": "confusion"}]},
+     ["pyramid.1", "its partition is confusion"]),
     ({"objective": {"kind": "paper", "ensemble": [1]}}, ["objective.ensemble", "(2)", "found 1"]),
     ({"pyramid": [{"model": "m"}]}, ["pyramid.0", "either teachers"]),
     ({"pyramid": [{"model": "m", "teachers": 1, "classes": [[0, 1]]}]}, ["pyramid.0", "not both"]),
@@ -178,7 +181,7 @@ IDENTITY = (
     "students.0.optimizer=adamw", "students.1.momentum=0.5", "students.1.ema=0.9", "students.0.label_smoothing=0.1",
     "teachers.steps=10", "teachers.batch=8", "teachers.evaluate_every=1", "teachers.forward=bf16", "teachers.clip=1",
     "objective.kind=top", "objective.temperature=3", "objective.weights=[1, 1]", "objective.ensemble=[0, 1]",
-    "objective.routes=all", "distill.epochs=1", "distill.batch=8", "distill.sync_batch_norm=true", "distill.compile=true",
+    "objective.routes=all", "objective.denominator=batch", "distill.epochs=1", "distill.batch=8", "distill.sync_batch_norm=true", "distill.compile=true",
     "deepspeed.students=zero1-bf16", "deepspeed.students=zero1-autocast", "deepspeed.teachers=zero1-fp16",
 )
 

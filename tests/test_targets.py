@@ -20,9 +20,9 @@ def value(teacher, position, column):
     return teacher * 100 + position + column / 8
 
 
-@given(data=st.data(), own=st.booleans(), batch=st.integers(8, 80), ranks=st.integers(1, 4))
+@given(data=st.data(), own=st.booleans(), per_batch=st.booleans(), batch=st.integers(8, 80), ranks=st.integers(1, 4))
 @settings(deadline=None, max_examples=60)
-def test_every_route_reaches_its_sample_with_its_own_logits(data, own, batch, ranks):
+def test_every_route_reaches_its_sample_with_its_own_logits(data, own, per_batch, batch, ranks):
     teachers = range(len(PYRAMID.teachers))
     hosts = data.draw(st.lists(st.sets(st.sampled_from(teachers)).map(sorted), min_size=1, max_size=4))
     hosts.append([t for t in teachers if not any(t in host for host in hosts)])
@@ -32,7 +32,7 @@ def test_every_route_reaches_its_sample_with_its_own_logits(data, own, batch, ra
     for teacher, position, offset in zip(routes.teacher, routes.position, routes.offset):
         for column in range(len(PYRAMID.teachers[teacher].classes)):
             flat[offset + column] = value(teacher, position, column)
-    unpacker = Unpacker(PYRAMID, list(teachers))
+    unpacker = Unpacker(PYRAMID, list(teachers), batch if per_batch else None)
     seen = set()
     for micro in split(batch, ranks):
         for level, targets in enumerate(unpacker.unpack(routes, flat, micro, torch.device("cpu"))):
@@ -46,7 +46,7 @@ def test_every_route_reaches_its_sample_with_its_own_logits(data, own, batch, ra
                 assert targets.classes[row][kept].tolist() == list(own_classes)
                 assert targets.logits[row][kept].tolist() == [value(teacher, position, c)
                                                                for c in range(len(own_classes))]
-                assert targets.share[row] == np.float32(1 / routes.count[teacher])
+                assert targets.share[row] == np.float32(1 / (batch if per_batch else routes.count[teacher]))
                 assert teacher in members
                 rows.append((teacher, position))
             assert rows == sorted(rows)
