@@ -181,7 +181,8 @@ IDENTITY = (
     "students.0.optimizer=adamw", "students.1.momentum=0.5", "students.1.ema=0.9", "students.0.label_smoothing=0.1",
     "teachers.steps=10", "teachers.batch=8", "teachers.evaluate_every=1", "teachers.forward=bf16", "teachers.clip=1",
     "objective.kind=top", "objective.temperature=3", "objective.weights=[1, 1]", "objective.ensemble=[0, 1]",
-    "objective.routes=all", "objective.denominator=batch", "distill.epochs=1", "distill.batch=8", "distill.sync_batch_norm=true", "distill.compile=true",
+    "objective.routes=all", "objective.denominator=batch",
+    "distill.epochs=1", "distill.batch=8", "distill.sync_batch_norm=true", "distill.compile=true",
     "deepspeed.students=zero1-bf16", "deepspeed.students=zero1-autocast", "deepspeed.teachers=zero1-fp16",
 )
 
