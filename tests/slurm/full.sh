@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole table of faults, every signal, what befalls jobs as a whole, and the soak, on virtual nodes with real Slurm daemons
-# (root; 14, 27, 7 and 16 minutes on two cores). Each part writes its page, tests/slurm/RESULTS-<part>.md.
+# (root; 14, 27, 7 and 18 minutes on two cores). Each part writes its page, tests/slurm/RESULTS-<part>.md.
 #
 #   ./tests/slurm/full.sh [faults] [signals] [jobs] [soak]     all four without arguments
 set -euo pipefail
