@@ -123,7 +123,7 @@ def engine_config(config: dict, ranks: int, accumulation: int, elements: int) ->
         even = elements + elements % 2  # ZeRO 1 and 2 align their buckets
         buckets = ["reduce_bucket_size", "stage3_prefetch_bucket_size" if stage(config) == 3 else "allgather_bucket_size"]
         zero.update({bucket: min(zero.get(bucket, even), even) for bucket in buckets})
-    if stage(config) in (1, 2) and not config.get("zero_optimization", {}).get("offload_optimizer"):
+    if stage(config) in (1, 2) and not (zero.get("offload_optimizer") or zero.get("zenflow")):
         # Nobody reads the norm of all gradients together; and in fp32 one that is not finite would leave out the step of
         # every student without a word.
         zero.setdefault("compute_grad_norm", False)
