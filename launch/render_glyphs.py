@@ -209,7 +209,7 @@ def make(arguments: argparse.Namespace) -> None:
     if arguments.to.exists():  # runs know their data by its contents
         raise UserError(f"{arguments.to} is there already: delete it, or give another name with --to")
     arrays = {"classes": np.array(list(characters))}
-    for number, (name, part) in enumerate(divide(found, arguments.seed).items()):
+    for number, (name, part) in enumerate(divide(found, arguments.seed).items(), 1):  # 0: divide's
         if part:
             print(f"{name}: {sum(map(len, part))} fonts of {len(part)} designs: "
                   + ", ".join(min(min(font.families) for font in design) for design in part))

@@ -8,7 +8,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./launch/setup.sh
 (($#)) || set -- digits fashion-mnist glyphs
 for recipe in "$@"; do
-    more=(--arm paper-all="objective={kind: paper, routes: all}" --arm paper-batch="objective={kind: paper, denominator: batch}")
+    more=(--arm paper-all="objective={kind: paper, routes: all}"
+          --arm paper-batch="objective={kind: paper, denominator: batch}")
     if [[ $recipe == glyphs ]]; then
         [[ -f data/glyphs.npz ]] || .venv/bin/python launch/render_glyphs.py
         more+=(--arm contiguous="pyramid.1.partition=contiguous pyramid.2.partition=contiguous"
