@@ -148,7 +148,7 @@ class Setup:
 
         def wish():
             return digest([recipe.placement.model_dump(mode="json"), recipe.distill.batch, nodes(job.hardware),
-                           [rank.device for rank in job.hardware], self.archive is not None])
+                           [rank.device for rank in job.hardware], world.devices, self.archive is not None])
 
         def before():
             tree = read_json(path) if path.exists() else {}
