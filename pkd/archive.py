@@ -23,11 +23,9 @@ from pkd.objective import Constants, asked, constants
 from pkd.rank_map import USABLE
 from pkd.recipe_file import digest
 from pkd.row_format import row_formats
-from pkd.schedule import BLOCK, Router
+from pkd.schedule import Router
 from pkd.teacher import Question, TeacherHost
 from pkd.views import Views
-
-PIECE = 4 * BLOCK  # samples between two ballots
 
 
 def archive(job: Job) -> str:
@@ -65,6 +63,7 @@ class Filling:
         self.shards = Shards(self.folder, self.layout, digest(self.made_of))
         self.views = Views(job.data, recipe.views, recipe.seed)
         self.router = Router(job.pyramid, [wanted], fixed.own)
+        self.piece = 4 * recipe.answer_rows  # samples between two ballots
         self.ballot = Ballot(world.bridge("ballot", list(range(world.size))), window=1, every=1)
 
     def run(self) -> str:
@@ -152,7 +151,7 @@ class Filling:
         if not missing:
             return written, False
         host = self.host()
-        pieces = -(-layout.per_shard // PIECE)
+        pieces = -(-layout.per_shard // self.piece)
         last = -(-len(missing) // world.size) * pieces
         parts: dict[int, list[torch.Tensor]] = {}
         ballot.open(0, last)
@@ -167,7 +166,7 @@ class Filling:
                 name, view, shard = layout.file(missing[mine])
                 if piece == 0:
                     parts = {index: [] for index in self.wanted}
-                self._answer(host, view, layout.samples(shard)[piece * PIECE:(piece + 1) * PIECE], parts)
+                self._answer(host, view, layout.samples(shard)[piece * self.piece:(piece + 1) * self.piece], parts)
                 if piece == pieces - 1:
                     job.run.check_locks()
                     rows = {layout.names[index]: torch.cat(own) for index, own in parts.items()}
@@ -183,8 +182,8 @@ class Filling:
             networks[index] = read_teacher(job.run.teachers, job.recipe, job.pyramid.teachers[index], job.data, True)[0]
             job.beat("reading teachers")
         host = TeacherHost(0, networks, self.views, job.world.device, job.recipe.teachers.forward == "bf16",
-                           names=[teacher.name for teacher in job.pyramid.teachers])
-        block = self.views.batch(torch.from_numpy(self.layout.order[:BLOCK].copy()), 0)
+                           names=[teacher.name for teacher in job.pyramid.teachers], block=job.recipe.answer_rows)
+        block = self.views.batch(torch.from_numpy(self.layout.order[:job.recipe.answer_rows].copy()), 0)
         for index in host.networks if job.world.rank == 0 else ():
             here, there = (host.forward(index, block.roll(shift, 0)).roll(-shift, 0) for shift in (0, 1))
             if not torch.equal(here, there):
@@ -212,4 +211,5 @@ class Filling:
         write_json(self.folder / RECORD, {
             "complete": bool(hashes), "made_of": self.made_of, "views": layout.views, "samples": len(layout.order),
             "samples_per_shard": layout.per_shard, "bytes": layout.bytes, "pixels": self.pixels, "files": layout.files,
-            "device": job.hardware[0].device, "threads": job.recipe.threads, "shards": hashes})
+            "device": job.hardware[0].device, "threads": job.recipe.threads,
+            "answer_rows": job.recipe.answer_rows, "shards": hashes})

@@ -134,8 +134,9 @@ class _Meter:
         recipe = self.job.recipe
         teacher = next(t for t in self.job.pyramid.teachers if self.keys.forward(t) == key)
         network = fresh(teacher.model.model_copy(update={"weights": None}), len(teacher.classes), self.job.data, 0, "timed")
-        host = TeacherHost(0, {0: network}, self.views, self.device, recipe.teachers.forward == "bf16")
-        images = self.views.plain(self._ids(BLOCK))
+        host = TeacherHost(0, {0: network}, self.views, self.device, recipe.teachers.forward == "bf16",
+                           block=recipe.answer_rows)
+        images = self.views.plain(self._ids(recipe.answer_rows))
         return [self._time(lambda: host.forward(0, images))]
 
     def _train(self, key: dict) -> list[float]:

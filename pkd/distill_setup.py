@@ -229,7 +229,7 @@ class Setup:
         if kind == "direct":
             self.job.console.say(why)
         parts = self.placement.student_ranks // self.placement.groups if kind == "direct" else 1
-        router = Router(self.job.pyramid, sources, self.constants.own, parts)
+        router = Router(self.job.pyramid, sources, self.constants.own, parts, recipe.answer_rows)
         return Exchange(world, self.placement, self.schedule, router, self.labels.numpy(), recipe.window,
                         self._hosts(sources, names), kind, self.views if self.sends_views else None, recipe.answer_steps)
 
@@ -243,7 +243,8 @@ class Setup:
                     self.job.beat("reading teachers")
                     networks[teacher] = self._network(source, self.job.pyramid.teachers[teacher])
                 hosts.append(TeacherHost(index, networks, self.views, world.device, bf16, self.formats,
-                                         world.rank == source.rank, self.job.watchdog.works, names))
+                                         world.rank == source.rank, self.job.watchdog.works, names,
+                                         self.job.recipe.answer_rows))
         return hosts
 
     def _network(self, source: Source, teacher: Teacher) -> Network | ShardedNetwork:

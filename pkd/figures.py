@@ -32,7 +32,7 @@ class Keys:
     def forward(self, teacher: Teacher) -> dict:
         """Seconds of a forward of one block."""
         return {"part": "forward", "model": self._model(teacher.model), "classes": len(teacher.classes),
-                "forward": self.recipe.teachers.forward, **self._common()}
+                "forward": self.recipe.teachers.forward, "rows": self.recipe.answer_rows, **self._common()}
 
     def train(self) -> dict:
         """Seconds of a students' step of each of two micro batches, and of a step's routes."""

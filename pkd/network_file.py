@@ -32,7 +32,8 @@ def teacher_identity(recipe: Recipe, teacher: Teacher, data: DataSet) -> str:
     """Hash of all that decides a teacher's weights."""
     whole = identity(recipe)
     views = {key: value for key, value in whole["views"].items() if key != "finite"}  # which is the students' limit
-    return digest({"seed": recipe.seed, "data": whole["data"], "views": views, "teachers": whole["teachers"],
+    training = whole["teachers"] | {"forward": "fp32"}  # the arithmetic of their answers, later
+    return digest({"seed": recipe.seed, "data": whole["data"], "views": views, "teachers": training,
                    "dtype": whole["dtypes"]["teachers"], "channels_last": recipe.channels_last,
                    "fingerprint": data.fingerprint, "model": part(teacher.model, free=False),
                    "classes": list(teacher.classes)})

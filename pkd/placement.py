@@ -12,7 +12,7 @@ from pkd.errors import UserError, nearest
 from pkd.planner import Planner
 from pkd.rank_map import RankMap, Ranks
 from pkd.recipe import Recipe
-from pkd.schedule import BLOCK, SAMPLES_PER_RANK
+from pkd.schedule import SAMPLES_PER_RANK
 from pkd.shards import Group, needed_shards, shard_groups, wanted_shards
 from pkd.share import share_out
 from pkd.student_groups import check_groups
@@ -130,7 +130,7 @@ def _as_told(recipe: Recipe, world: int, work: Workload, known: Ranks) -> Placem
     if kind == "dedicated" and len(busy) < len(hosts):
         raise UserError(f"{len(hosts)} teacher ranks were asked for, but a batch of {recipe.distill.batch} keeps only "
                         f"{len(busy)} of them busy ({len(work.teachers)} teachers, {work.most} block(s) of "
-                        f"{BLOCK} rows each): start fewer ranks, or raise placement.student_ranks or distill.batch")
+                        f"{work.block} rows each): start fewer ranks, or raise placement.student_ranks or distill.batch")
     sources = [Source(hosts[group.ranks[0]], tuple(group.teachers), sum(work.costs[name] for name in group.teachers),
                       tuple(hosts[rank] for rank in group.ranks)) for group in groups]
     sources += _sources({rank: names for rank, (names, _) in zip(hosts, shares) if names}, work)

@@ -213,7 +213,7 @@ class Timeouts(Section):
 
 
 class Recipe(Section):
-    FREE: ClassVar = ("name", "placement", "deepspeed", "window", "answer_steps", "ballot_every", "exchange",
+    FREE: ClassVar = ("name", "placement", "deepspeed", "window", "answer_steps", "answer_rows", "ballot_every", "exchange",
                       "teacher_views", "timeouts", "threads", "trace", "checkpoint_minutes", "compare_views",
                       "teachers_from", "soft_targets", "tracker")
     name: Name
@@ -233,8 +233,11 @@ class Recipe(Section):
     placement: Placement = Placement()
     deepspeed: DeepSpeed = DeepSpeed()
     window: Annotated[int, Field(ge=1, le=64)] = 4  # steps that soft targets may travel ahead of the students
-    # Steps that teachers answer together, so that fewer blocks of 32 rows are padded; with more than the window it stalls.
+    # Steps that teachers answer together, so that fewer blocks of rows are padded; with more than the window it stalls.
     answer_steps: Annotated[int, Field(ge=1, le=64)] = 4
+    # Rows of every teacher forward. More take less time each (128 of a ResNet on a CPU: 0.65 to 0.8 of it) where so many
+    # are asked in answer_steps; replicas of a teacher share a batch in whole blocks. Another number: other last bits.
+    answer_rows: Annotated[int, Field(ge=8, le=1024)] = 32
     ballot_every: Annotated[int, Field(ge=1, le=1000)] = 1  # steps between votes
     # broadcast: every student rank gets all soft targets; direct: only those of its own samples; auto: by size.
     exchange: Literal["auto", "broadcast", "direct"] = "auto"

@@ -13,7 +13,7 @@ import numpy as np
 
 from pkd.pyramid import Pyramid
 
-BLOCK = 32  # rows of every teacher forward; replicas of a teacher share its routes in whole blocks
+BLOCK = 32  # rows of every teacher forward, unless the recipe says otherwise; replicas share routes in whole blocks
 SAMPLES_PER_RANK = 8  # of a micro batch at least: fewer make batch statistics and kernels poor
 
 
@@ -87,10 +87,10 @@ class Router:
 
     sources: for every teacher rank, the teachers that it answers for; a teacher on several ranks is shared by them.
     own: ask a specialist only about samples whose label it knows; else every teacher about every sample.
-    parts: of the batch, as split() makes them, that lie apart in the flat buffer.
+    parts: of the batch, as split() makes them, that lie apart in the flat buffer. block: rows of a teacher's forward.
     """
 
-    def __init__(self, pyramid: Pyramid, sources: list[list[int]], own: bool, parts: int = 1):
+    def __init__(self, pyramid: Pyramid, sources: list[list[int]], own: bool, parts: int = 1, block: int = BLOCK):
         self.member = pyramid.membership() if own else np.ones_like(pyramid.membership())
         self.width = np.array([len(teacher.classes) for teacher in pyramid.teachers])
         self.asked = np.zeros(len(pyramid.teachers), dtype=bool)
@@ -102,7 +102,7 @@ class Router:
         for source, teacher in pairs:  # host[t, r]: the source that holds teacher t's r-th replica
             self.host[teacher, seen[teacher]] = source
             seen[teacher] += 1
-        self.sources, self.parts = len(sources), parts
+        self.sources, self.parts, self.block = len(sources), parts, block
 
     def largest(self, batch: int) -> int:
         """Logits in the flat buffer if every teacher is asked about every sample."""
@@ -114,8 +114,8 @@ class Router:
         teacher, position = np.nonzero(mask)  # ordered by teacher, then position
         count = mask.sum(1)
         rank_in_teacher = np.arange(len(teacher)) - np.repeat(np.cumsum(count) - count, count)
-        blocks = -(-count // BLOCK)
-        replica = (rank_in_teacher // BLOCK) * self.replicas[teacher] // np.maximum(blocks[teacher], 1)
+        blocks = -(-count // self.block)
+        replica = (rank_in_teacher // self.block) * self.replicas[teacher] // np.maximum(blocks[teacher], 1)
         source = self.host[teacher, replica]
         ends = np.array([piece.stop for piece in split(len(labels), self.parts)])
         piece = source * self.parts + np.searchsorted(ends, position, side="right")

@@ -5,7 +5,6 @@ import math
 from dataclasses import dataclass
 
 from pkd.errors import UserError
-from pkd.schedule import BLOCK
 
 # Largest shares aimed at, over the least possible highest load. Smaller ones are more replicas, thus more weights and
 # views, and fill ranks more evenly: they have to be worth it.
@@ -28,7 +27,7 @@ def share_out(costs: dict[str, float], ranks: int, fixed: dict[str, int], most: 
     for name, count in fixed.items():
         if count > most:
             raise UserError(f"placement.replicas.{name} asks for {count} ranks, but at most {most} can "
-                            f"share its rows ({ranks} rank(s) for teachers, blocks of {BLOCK} rows)")
+                            f"share its rows ({ranks} rank(s) for teachers, blocks of answer_rows rows)")
     besides = load or [0.0] * ranks
     shelves = _Shelves(costs, sizes or {}, room or [math.inf] * ranks, blocks or {}, besides)
     least = max([(sum(costs.values()) + sum(besides)) / ranks,

@@ -38,7 +38,7 @@ class Question:
 class TeacherHost:
     """The teachers of one source.
 
-    networks: index into pyramid.teachers -> network. Teachers always run in blocks of BLOCK rows, the last one padded:
+    networks: index into pyramid.teachers -> network. Teachers always run in blocks of `block` rows, the last one padded:
     with other numbers of rows the same image's logits differ in their last bits, and placements would no longer agree.
     formats: how each teacher's rows are rounded beyond fp16; without any they are left as they are.
     sends: whether this rank's answers are used; of the ranks that hold a teacher together, the first one's are.
@@ -47,10 +47,10 @@ class TeacherHost:
 
     def __init__(self, source: int, networks: dict[int, Network | ShardedNetwork], views: Views, device: torch.device,
                  bf16: bool, formats: dict[int, RowFormat] | None = None, sends: bool = True,
-                 works: Callable[[], None] = lambda: None, names: Sequence[str] = ()):
+                 works: Callable[[], None] = lambda: None, names: Sequence[str] = (), block: int = BLOCK):
         self.formats = {index: form for index, form in (formats or {}).items() if not form.plain}
         self.source, self.views, self.device, self.sends, self.works = source, views, device, sends, works
-        self.names = names
+        self.names, self.block = names, block
         # On a GPU teachers have a stream of their own, beside what the same rank trains. Images come from the host and
         # answers lie there when forward() returns: after the weights, nothing on the device crosses streams.
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -97,8 +97,8 @@ class TeacherHost:
         # DeepSpeed exchanges the data of parameters, which inference mode forbids, and chooses streams of its own.
         with torch.inference_mode() if whole else torch.no_grad(), torch.cuda.stream(self.stream if whole else None):
             parts = []
-            for block in images.split(BLOCK):
-                padding = block.new_zeros((BLOCK - len(block), *block.shape[1:]))
+            for block in images.split(self.block):
+                padding = block.new_zeros((self.block - len(block), *block.shape[1:]))
                 padded = torch.cat([block, padding]) if len(padding) else block
                 parts.append(centred(network(padded.to(self.device))[:len(block)]))
             logits = torch.cat(parts).cpu()

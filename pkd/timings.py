@@ -20,7 +20,7 @@ from pkd.workload import Links, StudentWork, TeacherWork, Workload
 class Timings:
     """Seconds on one rank with all cores of its node at work."""
 
-    blocks: dict[str, float]  # teacher -> a forward of BLOCK rows
+    blocks: dict[str, float]  # teacher -> a forward of one block of rows
     micro: float  # a student micro batch, whatever its rows
     row: float  # each of its rows
     view: float  # to read, decode and augment one image
@@ -35,7 +35,7 @@ def estimated(recipe: Recipe, pyramid: Pyramid, data: DataSet, device: Device, v
     """From data sheets; view: seconds an image, which no data sheet tells."""
     bf16 = recipe.teachers.forward == "bf16"
     blocks = {teacher.name: device.forward(network_cost(teacher.model, len(teacher.classes), data.channels, data.size),
-                                           BLOCK, bf16)
+                                           recipe.answer_rows, bf16)
               for teacher in pyramid.teachers}
     costs, half = _students(recipe, data), arithmetic(load_ds_config(recipe.deepspeed.students)) != "fp32"
     few, many = ((1 + BACKWARD) * sum(device.forward(cost, rows, half) for cost in costs) for rows in (8, BLOCK))
@@ -50,13 +50,13 @@ def workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, timings: Timings, 
     labels, batch = data.labels[data.splits["train"]].numpy(), recipe.distill.batch
     counts = np.bincount(labels, minlength=len(data.classes))
     teachers, largest, weight = {}, 0, 2 if recipe.teachers.forward == "bf16" else 4
-    at_once = 1 if recipe.teacher_views == "sent" else recipe.answer_steps
+    block, at_once = recipe.answer_rows, 1 if recipe.teacher_views == "sent" else recipe.answer_steps
     for index in asked(recipe.objective.kind, pyramid):
         teacher = pyramid.teachers[index]
         cost = network_cost(teacher.model, len(teacher.classes), data.channels, data.size)
         share = counts[list(teacher.classes)].sum() / len(labels) if own else 1.0
         teachers[teacher.name] = TeacherWork(timings.blocks[teacher.name], share * batch,
-                                             mean_blocks(batch * at_once, share) / at_once,
+                                             mean_blocks(batch * at_once, share, block) / at_once,
                                              weight * cost.parameters, len(teacher.classes))
         largest = max(largest, *(layer.read + layer.written for layer in cost.layers))
     costs, element = _students(recipe, data), 4 if precision(config) == "fp32" else 2
@@ -69,8 +69,8 @@ def workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, timings: Timings, 
     if timings.sync:
         links = _ring(links, *timings.sync, parameters * element)
     return Workload(teachers, students, batch, groups, timings.view, timings.step, recipe.window, stage(config), element,
-                    4 * BLOCK * largest, data.channels * data.size[0] * data.size[1], links, runtime, timings.source,
-                    recipe.teacher_views == "sent", recipe.exchange)
+                    4 * block * largest, data.channels * data.size[0] * data.size[1], links, runtime, timings.source,
+                    recipe.teacher_views == "sent", recipe.exchange, block)
 
 
 def _ring(links: Links, ranks: int, seconds: float, size: float) -> Links:
@@ -80,14 +80,14 @@ def _ring(links: Links, ranks: int, seconds: float, size: float) -> Links:
     return replace(links, gradients=size / ranks / (hop - latency), gradients_latency=latency)
 
 
-def mean_blocks(batch: int, share: float) -> float:
-    """Mean number of blocks that a teacher's rows fill if each of `batch` rows is asked with probability `share`."""
+def mean_blocks(batch: int, share: float, block: int = BLOCK) -> float:
+    """Mean number of blocks of rows that a teacher's rows fill if each of `batch` rows is asked with probability `share`."""
     if share <= 0 or share >= 1:
-        return float(-(-batch // BLOCK)) if share else 0.0
+        return float(-(-batch // block)) if share else 0.0
     logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, batch + 1)))])  # of factorials
     rows = np.arange(batch + 1)
     probability = np.exp(logs[-1] - logs - logs[::-1] + rows * np.log(share) + (batch - rows) * np.log1p(-share))
-    return float(probability @ -(-rows // BLOCK))
+    return float(probability @ -(-rows // block))
 
 
 def _students(recipe: Recipe, data: DataSet) -> list:

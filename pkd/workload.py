@@ -10,7 +10,7 @@ from pkd.schedule import BLOCK
 
 @dataclass(frozen=True)
 class TeacherWork:
-    block: float  # seconds of one forward of BLOCK rows
+    block: float  # seconds of one forward of one block of rows
     rows: float  # mean rows asked in a step
     blocks: float  # mean blocks a step, the last one padded
     size: int  # bytes of its weights
@@ -70,6 +70,7 @@ class Workload:
     source: str = "estimated"  # where the seconds are from, as a person reads it
     sent: bool = False  # whether student ranks send their views to teachers that need them
     exchange: str = "auto"  # broadcast, direct or auto
+    block: int = BLOCK  # rows of a teacher's forward
 
     @property
     def costs(self) -> dict[str, float]:
@@ -89,7 +90,7 @@ class Workload:
     @property
     def most(self) -> int:
         """Replicas of a teacher that can be of use: with more, one would not have a whole block of rows."""
-        return -(-self.batch // BLOCK)
+        return -(-self.batch // self.block)
 
     def sync(self, ranks: int) -> float:
         """Seconds of the gradients' ring all-reduce (Patarasuk & Yuan 2009), within each group of `ranks` student ranks."""

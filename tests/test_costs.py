@@ -10,7 +10,6 @@ from pkd.cost import network_cost
 from pkd.devices import DEVICES, device_like, device_named
 from pkd.errors import UserError
 from pkd.recipe import Model
-from pkd.schedule import BLOCK
 from pkd.timings import mean_blocks
 
 
@@ -46,9 +45,9 @@ def test_devices_are_known_by_torchs_names_and_ours():
         device_named("h20")
 
 
-@given(batch=st.integers(1, 150), share=st.floats(0.01, 0.99))
+@given(batch=st.integers(1, 150), share=st.floats(0.01, 0.99), block=st.sampled_from([8, 32, 128]))
 @settings(max_examples=40, deadline=None)
-def test_mean_blocks_is_the_mean_over_all_numbers_of_rows(batch, share):
+def test_mean_blocks_is_the_mean_over_all_numbers_of_rows(batch, share, block):
     chance = [comb(batch, rows) * share**rows * (1 - share)**(batch - rows) for rows in range(batch + 1)]
-    assert mean_blocks(batch, share) == pytest.approx(sum(p * ceil(rows / BLOCK) for rows, p in enumerate(chance)))
-    assert mean_blocks(batch, 1.0) == ceil(batch / BLOCK)
+    assert mean_blocks(batch, share, block) == pytest.approx(sum(p * ceil(rows / block) for rows, p in enumerate(chance)))
+    assert mean_blocks(batch, 1.0, block) == ceil(batch / block)

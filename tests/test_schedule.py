@@ -154,17 +154,17 @@ def test_what_a_source_has_for_a_student_rank_lies_in_one_piece(step, parts):
             assert rows[0] == rows[1] == sorted(rows[0])
 
 
-@given(step=steps())
+@given(step=steps(), rows=st.sampled_from([8, BLOCK, 100]))
 @quick
-def test_replicas_share_a_teachers_routes_evenly_in_whole_blocks(step):
+def test_replicas_share_a_teachers_routes_evenly_in_whole_blocks(step, rows):
     pyramid, sources, own, labels = step
-    routes = Router(pyramid, sources, own).routes(labels)
+    routes = Router(pyramid, sources, own, block=rows).routes(labels)
     for teacher in range(len(pyramid.teachers)):
         replicas = [source for source, teachers in enumerate(sources) if teacher in teachers]
         of_teacher = routes.teacher == teacher
         by_position = np.argsort(routes.position[of_teacher])
         answered_by = routes.source[of_teacher][by_position]
-        blocks = [set(answered_by[start:start + BLOCK].tolist()) for start in range(0, len(answered_by), BLOCK)]
+        blocks = [set(answered_by[start:start + rows].tolist()) for start in range(0, len(answered_by), rows)]
         assert all(len(block) == 1 for block in blocks)
         shares = [sum(replica in block for block in blocks) for replica in replicas]
         assert not shares or max(shares) - min(shares) <= 1

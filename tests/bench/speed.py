@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -21,30 +22,36 @@ import torch
 import yaml
 
 from pkd.bench import Program, Trial, spread, take_turns
+from pkd.models import build
+from pkd.recipe import Model
+from pkd.teacher import TeacherHost
 
 HEAD = """\
 Written by `launch/bench.sh` at commit {commit}: {cores} cores, {processor}, torch {torch}.
-{rounds} rounds; in each, every program runs once: baselines for {steps} steps of 64 images (the published loop: half of
-them), the first quarter of which warms up, pkd for {ours} steps, of which those count that neither warm up nor have teachers
-that are done already. A ratio compares two runs of one round. ResNet-101 / 2 x ResNet-50 / 4 x ResNet-18 teachers, 2 x
-MobileNetV2 and 2 x ShuffleNetV2 students, 32 pixels, 100 classes. Two cores for each program: two threads in one process, or
-two ranks of one thread. Our kernels: teachers bf16 and channels last, students fp32 and channels last.
+{rounds} rounds; in each, every program runs once: {steps} steps of 64 images (the published loop: half of them), the first
+quarter of which warms up; pkd beside teachers {ours}, of which those count that neither warm up nor have teachers that are
+done already. A ratio compares two runs of one round. ResNet-101 / 2 x ResNet-50 / 4 x ResNet-18 teachers, 2 x MobileNetV2
+and 2 x ShuffleNetV2 students, the paper's objective, 32 pixels, 100 classes, no augmentation: one view of an image, for
+which the archive is filled once; that was timed once, before the rounds. Two cores for each program: two threads in one
+process, or two ranks of one thread, co-located. Our kernels: students fp32 and channels last, teachers {kernels}.
+pkd's teachers answer {answer_steps} steps at once in blocks of {answer_rows} rows.
 """
-MORE = 8  # steps: as many as teachers may be ahead
+ANSWERS = {"window": 8, "answer_steps": 8, "answer_rows": 128}
+MORE = ANSWERS["window"] + ANSWERS["answer_steps"]  # steps that teachers may be ahead
 NO_WARM_UP = {"schedule": "constant", "warmup_steps": 0}
 
 
-def recipes(folder: Path) -> dict[str, Path]:
+def recipes(folder: Path, forward: str) -> dict[str, Path]:
     """The paper's pyramid, objective and students from torchvision, 32 pixels, 100 classes, batch 64; and one teacher with
-    one student. Noise serves as images: nobody's speed depends on them.
+    one student. Noise serves as images: nobody's speed depends on them. forward: the teachers' arithmetic.
     """
     chance = np.random.default_rng(0)
     np.savez(folder / "noise.npz", x_train=chance.integers(0, 256, (2200, 3, 32, 32), dtype=np.uint8),
              y_train=np.arange(2200) % 100, x_test=chance.integers(0, 256, (100, 3, 32, 32), dtype=np.uint8),
              y_test=np.arange(100) % 100, classes=np.array([f"{c:02}" for c in range(100)]))
     base = {"data": {"name": "npz", "path": str(folder / "noise.npz")}, "views": {}, "compare_views": False,
-            "teachers": {"steps": 10, "lr": 1e-4, "batch": 32, "forward": "bf16"}, "distill": {"epochs": 1, "batch": 64},
-            "deepspeed": {"students": "zero0"}, "checkpoint_minutes": 1000}
+            "teachers": {"steps": 10, "lr": 1e-4, "batch": 32, "forward": forward}, "distill": {"epochs": 1, "batch": 64},
+            "deepspeed": {"students": "zero0"}, "checkpoint_minutes": 1000, **ANSWERS}
     nets = ("mobilenet_v2", "shufflenet_v2_x1_0")
     students = [{"name": f"{net[:6]}{i}", "model": net, "lr": lr, "momentum": 0.9, "weight_decay": 2e-4, **NO_WARM_UP}
                 for i in (0, 1) for net, lr in zip(nets, (0.06, 0.08))]
@@ -67,11 +74,32 @@ def recipes(folder: Path) -> dict[str, Path]:
     return out
 
 
+def seconds_of_forwards() -> dict[str, float]:
+    """Seconds of one thread for a block of rows of each of the three teachers, by their arithmetic."""
+    images, out = torch.zeros(ANSWERS["answer_rows"], 3, 32, 32, dtype=torch.uint8), {}
+    torch.set_num_threads(1)
+    for forward in ("fp32", "bf16"):
+        nets = [build(Model(name=name), 100, 3, (32, 32)) for name in ("resnet101", "resnet50", "resnet18")]
+        host = TeacherHost(0, dict(enumerate(nets)), None, torch.device("cpu"), forward == "bf16", block=len(images))
+        times = []
+        for _ in range(4):
+            began = time.perf_counter()
+            for index in host.networks:
+                host.forward(index, images)
+            times.append(time.perf_counter() - began)
+        out[forward] = min(times)
+    return out
+
+
 class Bench:
     """The programs, by name, each with the teachers of its recipe."""
 
     def __init__(self, folder: Path, steps: int):
-        self.folder, self.steps, self.recipes = folder, steps, recipes(folder)
+        self.seconds = seconds_of_forwards()
+        self.forward = min(self.seconds, key=self.seconds.__getitem__)
+        self.folder, self.steps, self.recipes = folder, steps, recipes(folder, self.forward)
+        self.commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True,
+                                     text=True).stdout.strip()  # what is measured: let nobody edit it meanwhile
         self.memory: dict[str, int] = {}
         for name, recipe in self.recipes.items():
             if not self.taught(name).exists():
@@ -81,6 +109,12 @@ class Bench:
     def taught(self, recipe: str) -> Path:
         """The run folder with the teachers of a recipe, which those of the same teachers share."""
         return self.folder / recipe.removesuffix("-slow")
+
+    @property
+    def kernels(self) -> str:
+        name = {"fp32": "fp32 as they are", "bf16": "bf16 and channels last"}
+        times = ", ".join(f"{1000 * seconds:.0f} ms {name[forward]}" for forward, seconds in self.seconds.items())
+        return f"{name[self.forward]} (one of each on a block: {times})"
 
     def _fill(self) -> float:
         """Images per second while the archive of the paper's pyramid is filled by two ranks, without their start."""
@@ -92,7 +126,9 @@ class Bench:
         return (record["samples"] - 2 * record["samples_per_shard"]) / (written[-1] - written[1])
 
     def pkd(self, recipe: str, ranks: int, *changes: str, threads: int = 2, name: str = "") -> float:
-        line = Trial(self.folder, self._words(recipe, ranks, threads), ranks).distill(self.steps + MORE, *changes)
+        alone = "objective.kind=alone" in changes or "soft_targets=archive" in changes
+        steps = self.steps + (0 if alone else MORE)
+        line = Trial(self.folder, self._words(recipe, ranks, threads), ranks).distill(steps, *changes)
         self.memory[name] = int(max(line["peak_memory_bytes"].values()))
         return line["steady_images_per_second"]
 
@@ -166,6 +202,7 @@ def programs(bench: Bench) -> dict[str, Program]:
         other("naive data parallel, our kernels", "naive_ddp", "paper", "ours", 2),
         pkd("students alone", "paper", 2, both, "objective.kind=alone"),
         pkd("pkd online", "paper", 2, both),
+        pkd("pkd online, students in groups", "paper", 2, both, "placement.student_groups=2"),
         pkd("pkd archive", "paper", 2, "soft_targets=archive"),
         other("torchdistill, eager", "torchdistill_kd", "pair-eager", "eager"),
         pkd("pkd, one teacher, one student, eager", "pair-eager", 1),
@@ -191,6 +228,9 @@ def rows(rates: dict[str, list[float]], filled: float) -> list[tuple[str, str, l
         ("the same, published loop with our kernels", "2.8", whole("published loop, our kernels")),
         ("online against published loop, eager", "3.5", over("pkd online", "published loop, eager")),
         ("online against published loop, our kernels", "2.0", over("pkd online", "published loop, our kernels")),
+        ("the same two, students in groups of their own, so that batch statistics are the published loop's: eager", "3.5",
+         over("pkd online, students in groups", "published loop, eager")),
+        ("our kernels", "2.0", over("pkd online, students in groups", "published loop, our kernels")),
         ("online against naive data parallel, our kernels", "1.0", over("pkd online", "naive data parallel, our kernels")),
         ("a teacher rank and a student rank, a core each: students against alone on one core", "0.92",
          over("one core: students, the other: their teachers", "one core: students alone")),
@@ -207,11 +247,10 @@ def rows(rates: dict[str, list[float]], filled: float) -> list[tuple[str, str, l
 def page(bench: Bench, rates: dict[str, list[float]], equal: list[str], rounds: int) -> str:
     processor = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                       if line.startswith("model name")), platform.processor())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout
     lines = [
         "# Speed", "",
-        HEAD.format(commit=commit.strip(), cores=os.cpu_count(), processor=processor, torch=torch.__version__, rounds=rounds,
-                    steps=bench.steps, ours=bench.steps + MORE),
+        HEAD.format(commit=bench.commit, cores=os.cpu_count(), processor=processor, torch=torch.__version__, rounds=rounds,
+                    steps=bench.steps, ours=bench.steps + MORE, kernels=bench.kernels, **ANSWERS),
         "| figure | asked for, at least | min | median | max |", "|---|---|---|---|---|"]
     for figure, target, values in rows(rates, bench.filled):
         lines.append(f"| {figure} | {target} | " + " | ".join(f"{value:.2f}" for value in spread(values)) + " |")

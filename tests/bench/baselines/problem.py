@@ -18,10 +18,11 @@ from pkd.objective import constants
 from pkd.pyramid import build_pyramid
 from pkd.recipe_file import load_recipe
 from pkd.schedule import Schedule
+from pkd.teacher import in_dtype
 
 
 class Problem:
-    """kernels: "eager" is torch as it comes; "ours" what pkd uses: teachers in bf16 and channels last, students fp32 and
+    """kernels: "eager" is torch as it comes; "ours" what pkd uses: teachers in the recipe's arithmetic, students fp32 and
     channels last.
     """
 
@@ -48,7 +49,7 @@ class Problem:
         self.weights = [self.constants.weights[teacher.level] for teacher in self.pyramid.teachers]
         if self.ours:
             self.students = [student.use_channels_last() for student in self.students]
-            self.teachers = [teacher.to(torch.bfloat16).use_channels_last() for teacher in self.teachers]
+            self.teachers = [in_dtype(teacher, recipe.teachers.forward == "bf16") for teacher in self.teachers]
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 images and labels of a step's global batch."""

@@ -1,5 +1,5 @@
-"""The frozen teachers of a recipe in a loop, as pkd runs them (blocks of 32 rows, four steps at once), without students or
-exchange.
+"""The frozen teachers of a recipe in a loop, as pkd runs them (in blocks of rows, several steps at once), without students
+or exchange.
 """
 
 import torch
@@ -15,8 +15,9 @@ def main() -> None:
     problem = Problem()
     wanted = asked(problem.constants.kind, problem.pyramid)
     host = TeacherHost(0, {i: problem.teachers[i] for i in wanted},
-                       Views(problem.data, problem.recipe.views, problem.recipe.seed), torch.device("cpu"), problem.ours)
-    router = Router(problem.pyramid, [wanted], problem.constants.own)
+                       Views(problem.data, problem.recipe.views, problem.recipe.seed), torch.device("cpu"),
+                       problem.recipe.teachers.forward == "bf16", block=problem.recipe.answer_rows)
+    router = Router(problem.pyramid, [wanted], problem.constants.own, block=problem.recipe.answer_rows)
     at_once, labels = problem.recipe.answer_steps, problem.data.labels.numpy()
     flats = [torch.zeros(router.largest(problem.schedule.batch), dtype=torch.float16) for _ in range(at_once)]
 
