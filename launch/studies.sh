@@ -4,6 +4,7 @@
 # Results lie in launch/studies/<recipe>/results, a few KB an arm and seed; what is there is not run again. SEEDS="0 1" runs
 # some. The set of glyphs is rendered first, from the fonts that launch/render_glyphs.py names.
 set -euo pipefail
+status=0
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./launch/setup.sh
 (($#)) || set -- digits fashion-mnist glyphs
@@ -16,6 +17,8 @@ for recipe in "$@"; do
                --arm confusion="pyramid.1.partition=confusion pyramid.2.partition=confusion")
     fi
     study=(.venv/bin/pkd study "$recipe" --study-folder "launch/studies/$recipe" "${more[@]}")
-    printf '%s\n' ${SEEDS:-0 1 2 3 4} | OMP_NUM_THREADS=1 xargs -P "$(nproc)" -I% "${study[@]}" --seeds "%,"
-    "${study[@]}" --seeds "$(printf '%s,' ${SEEDS:-0 1 2 3 4})"
+    # What one arm or seed lacks in the end is said, and keeps the others from nothing.
+    printf '%s\n' ${SEEDS:-0 1 2 3 4} | OMP_NUM_THREADS=1 xargs -P "$(nproc)" -I% "${study[@]}" --seeds "%," || status=$?
+    "${study[@]}" --seeds "$(printf '%s,' ${SEEDS:-0 1 2 3 4})" || status=$?
 done
+exit "$status"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pkd.archive_layout import Layout
-from pkd.archive_record import FOLDER, RECORD, fitting, folders, made_of, pixels
+from pkd.archive_record import FOLDER, RECORD, fitting, folders, kernels, made_of, pixels
 from pkd.archive_shards import Shards
 from pkd.ballot import Ballot, Vote
 from pkd.cost import network_cost
@@ -64,6 +64,7 @@ class Filling:
         self.views = Views(job.data, recipe.views, recipe.seed)
         self.router = Router(job.pyramid, [wanted], fixed.own)
         self.piece = 4 * recipe.answer_rows  # samples between two ballots
+        self.made_on: set[str] = set()  # of rank 0: kernels() of all ranks that filled it
         self.ballot = Ballot(world.bridge("ballot", list(range(world.size))), window=1, every=1)
 
     def run(self) -> str:
@@ -73,6 +74,7 @@ class Filling:
         world.first("archive begins", self._prepare)
         self._compare_views()
         hashes, missing = self._keep()
+        self.made_on |= set(world.gather("kernels", kernels(self.job)) or []) if missing else set()
         if missing:
             world.first("archive goes on", lambda: self._write_record({}))
         written, stopped = self._fill(missing)
@@ -116,6 +118,8 @@ class Filling:
         if (self.folder / RECORD).exists() and read_json(self.folder / RECORD).get("made_of") != self.made_of:
             job.console.say(f"the archive in {self.folder} is of other teachers, data or views, and is made anew")
             shutil.rmtree(self.folder)
+        if (self.folder / RECORD).exists():
+            self.made_on = set(read_json(self.folder / RECORD).get("made_on", []))
         there = self.shards.prepare()
         job.console.say(f"soft targets of {len(sizes)} teacher(s), {layout.views} view(s) of {len(layout.order)} samples: "
                         f"{layout.bytes / 2**30:.3f} GiB in {layout.files} shards, {there / 2**30:.3f} GiB are there")
@@ -204,12 +208,11 @@ class Filling:
 
     def _write_record(self, hashes: dict[str, str]) -> None:
         """The JSON, by rank 0: complete with the hashes of all shards, before that without any."""
-        layout, job = self.layout, self.job
+        layout = self.layout
         for path in self.folder.glob("*.safetensors"):  # of more views or other shards
             if hashes and path.name not in hashes:
                 path.unlink()
         write_json(self.folder / RECORD, {
             "complete": bool(hashes), "made_of": self.made_of, "views": layout.views, "samples": len(layout.order),
             "samples_per_shard": layout.per_shard, "bytes": layout.bytes, "pixels": self.pixels, "files": layout.files,
-            "device": job.hardware[0].device, "threads": job.recipe.threads,
-            "answer_rows": job.recipe.answer_rows, "shards": hashes})
+            "made_on": sorted(self.made_on), "shards": hashes})

@@ -10,6 +10,7 @@ from pathlib import Path
 from pkd.archive_layout import Layout
 from pkd.errors import UserError
 from pkd.files import read_json, sha256
+from pkd.hardware import cpu_model, hardware
 from pkd.job import Job
 from pkd.objective import Constants
 from pkd.placement import check_batch
@@ -38,6 +39,13 @@ def made_of(job: Job, teachers: dict[str, str], constants: Constants) -> dict:
     if recipe.archive.top_k:
         key["temperature"] = 1.0 if constants.kind == "composed" else constants.temperature
     return json.loads(json.dumps(key))
+
+
+def kernels(job: Job) -> str:
+    """What decides the last bits of this rank's answers."""
+    recipe, device = job.recipe, hardware(job.world.device).device
+    device = f"cpu ({cpu_model()})" if device == "cpu" else device
+    return f"{device}, {recipe.threads} thread(s), blocks of {recipe.answer_rows} rows"
 
 
 def pixels(job: Job, views: Views, count: int) -> list[int]:

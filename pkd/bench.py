@@ -18,6 +18,7 @@ from rich.table import Table
 from pkd.console import Console
 from pkd.errors import UserError
 from pkd.files import read_lines
+from pkd.launch import check_plan
 from pkd.recipe_file import load_recipe
 from pkd.ways import command, environment
 
@@ -86,6 +87,9 @@ class Trial:
 def bench(recipe: str, overrides: list[str], ranks: int, rounds: int, steps: int, console: Console) -> dict:
     """Students alone, with their teachers and, where views repeat, from the archive; on the recipe's placement."""
     known = load_recipe(recipe, overrides)
+    no_teachers = ("objective={kind: alone}", "placement.replicas={}", "placement.shards={}")
+    for changes in ((), no_teachers):  # without teachers, as from the archive, every rank trains
+        check_plan(load_recipe(recipe, [*overrides, *changes]), ranks)
     with tempfile.TemporaryDirectory(prefix="pkd-bench-") as temporary:
         folder, taught = Path(temporary), Path(temporary) / "taught"
         words = [recipe, *overrides, f"teachers_from={taught}"]
@@ -99,7 +103,6 @@ def bench(recipe: str, overrides: list[str], ranks: int, rounds: int, steps: int
             words.extend(FEW)
             Trial(folder, [recipe, *overrides, *FEW], ranks).phase("teach", run=taught)
         trial = Trial(folder, words, ranks)
-        no_teachers = ("objective={kind: alone}", "placement.replicas={}", "placement.shards={}")
         kinds = {"students alone": no_teachers, "online": ("soft_targets=online",)}
         if known.views.different:
             console.say("filling the archive")

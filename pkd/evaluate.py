@@ -31,11 +31,18 @@ def evaluate(path: Path, console: Console, overrides: list[str], limit: int | No
     """
     run = RunFolder(path)
     students = finished_students(run, smoke=limit is not None)
+    done = read_json(run.students / "students.json")
+    if limit is not None and (path / "summary.json").exists() and read_json(path / "summary.json")["complete"]:
+        raise UserError(f"--steps asks for {limit} test image(s) of run {path}, whose summary.json is of all of them: "
+                        "delete that file first, or leave --steps out")
     recipe = recipe_of(run, overrides)
     run = RunFolder(path, recipe.teachers_from)
     torch.set_num_threads(recipe.threads)
     run.open(recipe, "evaluate")
     data = load_data(recipe.data)
+    if done.get("fingerprint", data.fingerprint) != data.fingerprint:
+        raise UserError(f"run {path} was trained on other images, classes or another split than the data that are here, so "
+                        "that its test images may be among those: restore the data, or set data.path to them")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     views = Views(data, recipe.views, recipe.seed)
     pyramid = pyramid_of(recipe, data, run.teachers)
@@ -53,21 +60,23 @@ def evaluate(path: Path, console: Console, overrides: list[str], limit: int | No
     calibration = dict(zip(predictions.names, predictions.calibration_errors()))
     chosen = data.splits["validation"][:limit]  # what choices between runs go by
     validation = validate(networks, views, chosen.numpy(), data.labels[chosen], device, lambda group: None)
-    done = read_json(run.students / "students.json")
     lines = read_lines(run.metrics)
     summary = {
         "recipe": recipe.name, "identity": read_json(path / "run.json")["identity"], "seed": recipe.seed,
-        "world_size": done["world_size"], "placement": done["placement"],
+        "fingerprint": data.fingerprint, "world_size": done["world_size"], "placement": done["placement"],
         "complete": done["complete"] and limit is None, "evaluated": time.time(),
         "teachers": {teacher.name: _teacher(run, recipe, teacher, data, views, limit, device, console)
                      for teacher in teachers},
         "students": {own["name"]: {"accuracy": accuracy, "loss": loss, "calibration_error": calibration[own["name"]],
-                                   "parameters": own["parameters"], "validation_accuracy": chosen_by}
-                     for own, accuracy, loss, chosen_by in zip(facts, scores.accuracy, scores.loss, validation.accuracy)},
+                                   "parameters": own["parameters"], "validation_accuracy": chosen_by,
+                                   "validation_loss": and_by}
+                     for own, accuracy, loss, chosen_by, and_by in zip(facts, scores.accuracy, scores.loss,
+                                                                       validation.accuracy, validation.loss)},
         "ensemble": {"accuracy": scores.ensemble_accuracy, "loss": scores.ensemble_loss,
                      "calibration_error": calibration[ENSEMBLE],
                      "parameters": sum(own["parameters"] for own in facts),
-                     "validation_accuracy": validation.ensemble_accuracy},
+                     "validation_accuracy": validation.ensemble_accuracy,
+                     "validation_loss": validation.ensemble_loss},
         "test_images": len(test), "test_readings": readings,
         "images_per_second": sorted(line["images_per_second"] for line in lines)[len(lines) // 2] if lines else 0.0,
         "wall_seconds": sum(line["seconds"] for line in lines),
@@ -91,6 +100,12 @@ def finished_students(run: RunFolder, smoke: bool) -> list[tuple[Network, dict]]
         raise UserError(f"run {run.path} was cut short by --steps after {done['epochs']} epoch(s): run pkd distill "
                         "without --steps to finish it, or pass --steps here as well")
     return [read_network(run.students / name) for name in done["students"]]
+
+
+def cut_short(run: Path) -> str:
+    """A sentence where a run's students were ended by --steps, else nothing."""
+    done = read_json(run / "students" / "students.json")
+    return "" if done["complete"] else f"the students of {run} are those of a smoke run: --steps ended their training"
 
 
 def recipe_of(run: RunFolder, overrides: list[str]) -> Recipe:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pkd.console import Console
 from pkd.errors import UserError, nearest
-from pkd.evaluate import finished_students
+from pkd.evaluate import cut_short, finished_students
 from pkd.files import new_folder, write_json
 from pkd.models import Network
 from pkd.network_file import copy_network
@@ -22,6 +22,8 @@ def export(path: Path, target: Path, student: str | None, form: str, console: Co
     """
     run = RunFolder(path)
     students = finished_students(run, smoke=True)
+    if said := cut_short(path):
+        console.say(said)
     if student is not None:
         students = [chosen(students, student)]
     names = [facts["name"] for _, facts in students]

@@ -49,10 +49,13 @@ def _labels(classes: list[str]) -> dict:
 
 
 def _preprocessing(facts: dict) -> dict:
-    """The usual keys of such a file; input_size is what the network resizes to after all of them but normalisation."""
+    """The usual keys of such a file; input_size is what the network resizes to after all of them but normalisation.
+
+    They cannot say that an image covers a view that is not square, and leave resizing to the reader then.
+    """
     height, width = facts["view_size"]
     return {"do_convert_rgb": facts["channels"] == 3,
-            "do_resize": True, "resample": 2, "size": {"shortest_edge": min(height, width)},  # 2: bilinear
+            "do_resize": height == width, "resample": 2, "size": {"shortest_edge": min(height, width)},  # 2: bilinear
             "do_center_crop": True, "crop_size": {"height": height, "width": width},
             "do_rescale": True, "rescale_factor": 1 / 255, "input_size": facts["input_size"],
             "do_normalize": True, "image_mean": facts["mean"], "image_std": facts["std"]}

@@ -10,6 +10,8 @@ from PIL import Image
 
 from pkd.errors import UserError
 
+SAMPLE = 64  # files whose headers say whether a set is grey
+
 
 class ArrayImages:
     """array: uint8 [samples, channels, height, width] in memory."""
@@ -65,10 +67,12 @@ def read_images(files: list[Path], image_size: int | None, workers: int, cache_g
                 works: Callable[[], None] = lambda: None) -> ArrayImages | FileImages:
     """Images of files: decoded at once if all fit in `cache_gib` GiB, else batch by batch; the same bytes either way.
 
-    Grey or colour, and without image_size the size too, are those of the first file; works: told of progress. Raises
-    UserError for a file that is damaged (if it is decoded now) or, without image_size, of another size.
+    Grey if SAMPLE files from all over the list are, else in colour, to which grey ones are made; without image_size as
+    large as the first file; works: told of progress. Raises UserError for a file that is damaged (if it is decoded now) or,
+    without image_size, of another size.
     """
-    size, grey = _shape(files[0])
+    size, _ = _shape(files[0])
+    grey = all(_shape(file)[1] for file in files[::-(-len(files) // SAMPLE)])
     if image_size is None:
         other = None
         for file in files:

@@ -14,6 +14,7 @@ from rich.text import Text
 from pkd.classifier import Classifier, open_classifier
 from pkd.console import Console
 from pkd.errors import UserError
+from pkd.evaluate import cut_short
 from pkd.files import write_bytes
 from pkd.images import decode
 from pkd.sources import SUFFIXES
@@ -41,6 +42,8 @@ def predict(path: Path, given: list[Path], student: str | None, top: int, table:
     if table is not None and os.path.lexists(table):
         raise UserError(f"{table} already exists: give a new file with --csv")
     classifier = open_classifier(path, student)
+    if (path / "run.json").exists() and (said := cut_short(path)):
+        console.say(said)
     found = _predictions(classifier, image_files(given), min(top, len(classifier.classes)), console)
     if table is None:
         console.show(_shown(found))

@@ -139,8 +139,8 @@ class Progress:
             return
         write_json(self.job.run.students / "students.json", {
             "students": self.names, "complete": whole, "epochs": self.epoch, "teachers": self.setup.teacher_hashes,
-            "soft_targets": self.setup.soft_targets, "world_size": self.job.world.size,
-            "placement": self.setup.placement.to_json()})
+            "fingerprint": self.setup.data.fingerprint, "soft_targets": self.setup.soft_targets,
+            "world_size": self.job.world.size, "placement": self.setup.placement.to_json()})
         self.job.run.mark("distill", "finished", complete=whole)
 
     def show(self, epoch: int, step: int, last: int) -> None:

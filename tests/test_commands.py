@@ -13,8 +13,8 @@ from pkd.predictions import Predictions
 
 LINE = {"epoch", "step", "train", "validation", "ensemble", "learning_rate", "images_per_second", "seconds",
         "steady_images_per_second", "wait_seconds", "peak_memory_bytes", "busy"}
-SUMMARY = {"recipe", "identity", "seed", "world_size", "placement", "complete", "evaluated", "teachers", "students",
-           "ensemble", "test_images", "test_readings", "images_per_second", "wall_seconds"}
+SUMMARY = {"recipe", "identity", "seed", "fingerprint", "world_size", "placement", "complete", "evaluated", "teachers",
+           "students", "ensemble", "test_images", "test_readings", "images_per_second", "wall_seconds"}
 NETWORK = {"architecture", "library", "arguments", "width", "classes", "channels", "view_size", "input_channels",
            "input_size", "mean", "std", "parameters", "sha256", "name", "validation"}
 
@@ -41,6 +41,16 @@ def test_a_mistake_is_found_before_the_test_split_is_read(evaluated, taught, tmp
     assert json.loads((evaluated / "summary.json").read_text())["test_readings"] == before["test_readings"] + 1
 
 
+def test_a_finished_run_keeps_its_figures_from_smoke_runs_and_from_other_data(evaluated, tmp_path):
+    before = (evaluated / "summary.json").read_bytes(), (evaluated / "test-readings.json").read_bytes()
+    assert "summary.json is of all of them" in refused(1, "evaluate", evaluated, "--steps", 5)
+    record = json.loads((evaluated / "run.json").read_text())
+    with np.load(record["free"]["data"]["path"]) as digits:
+        np.savez(tmp_path / "fewer.npz", x=digits["x"][:-1], y=digits["y"][:-1])
+    assert "trained on other images" in refused(1, "evaluate", evaluated, f"data.path={tmp_path / 'fewer.npz'}")
+    assert before == ((evaluated / "summary.json").read_bytes(), (evaluated / "test-readings.json").read_bytes())
+
+
 def test_the_predictions_that_are_kept_make_the_figures_of_the_summary(evaluated):
     summary = json.loads((evaluated / "summary.json").read_text())
     kept = Predictions.read(evaluated / "predictions")
@@ -65,7 +75,7 @@ def test_the_files_of_a_run_hold_the_keys_that_the_readme_names(evaluated, taugh
     assert set(summary) == SUMMARY
     assert set(summary["teachers"]["level1-0"]) == {"level", "classes", "accuracy", "test_images", "parameters"}
     assert set(summary["students"]["mobile"]) == {
-        "accuracy", "loss", "calibration_error", "parameters", "validation_accuracy"}
+        "accuracy", "loss", "calibration_error", "parameters", "validation_accuracy", "validation_loss"}
     assert set(summary["ensemble"]) == set(summary["students"]["mobile"])
     lines = [json.loads(line) for line in (evaluated / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1] and all(set(line) == LINE for line in lines)
@@ -80,7 +90,7 @@ def test_the_files_of_a_run_hold_the_keys_that_the_readme_names(evaluated, taugh
     assert set(json.loads((evaluated / "placement.json").read_text())) == {"wish", "placement"}
     assert set(json.loads((taught / "pyramid.json").read_text())) == {"classes", "teachers"}
     assert set(json.loads((evaluated / "students" / "students.json").read_text())) == {
-        "students", "complete", "epochs", "teachers", "soft_targets", "world_size", "placement"}
+        "students", "complete", "epochs", "teachers", "fingerprint", "soft_targets", "world_size", "placement"}
     state = json.loads((evaluated / "state" / "distill.json").read_text())
     assert set(state) == {"state", "time", "complete"} and state["state"] == "finished" and state["complete"]
     readme = (REPOSITORY / "README.md").read_text()

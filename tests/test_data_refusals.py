@@ -111,6 +111,13 @@ def test_folder_without_split_folders(tmp_path, grey):
     assert_holds(load("folder", tmp_path), images, [0] * 5 + [1] * 5, ["cat", "dog"])
 
 
+def test_one_grey_picture_does_not_make_a_set_grey(tmp_path):
+    images = write_folder(tmp_path)
+    Image.fromarray(images[0, 0]).save(tmp_path / "cat" / "000.png")
+    grey = np.repeat(images[:1, :1], 3, axis=1)
+    assert_holds(load("folder", tmp_path), np.concatenate([grey, images[1:]]), [0] * 5 + [1] * 5, ["cat", "dog"])
+
+
 @pytest.mark.parametrize("validation", ["val", "validation"])
 def test_folder_with_split_folders(tmp_path, validation):
     images = [write_folder(tmp_path / split, count) for split, count in (("train", 3), (validation, 2), ("test", 1))]

@@ -23,11 +23,13 @@ from pkd.study.table import arms_table, differences_table, remarks
 IMAGES = 400
 
 
-def made_up(arm: str, seed: int, accuracy: float, validation: float, control: bool = False, cost: float = 1.0) -> dict:
+def made_up(arm: str, seed: int, accuracy: float, validation: float, control: bool = False, cost: float = 1.0,
+            loss: float = 0.5) -> dict:
     """A result as `pkd study` writes it, of one student."""
     correct = np.random.default_rng(seed).random(IMAGES) < accuracy
     figures = {"accuracy": correct.mean(), "loss": 0.5, "calibration_error": 0.1, "validation_accuracy": validation,
                "parameters": 7}
+    figures["validation_loss"] = loss
     return {"arm": arm, "title": arm, "control": control, "changes": [], "seed": seed, "test_readings": 1,
             "test_images": IMAGES, "world_size": 1, "networks": {"mobile": figures, "ensemble": figures},
             "correct": {"mobile": packed(correct), "ensemble": packed(correct)}, "student_flops": 5.0,
@@ -59,6 +61,22 @@ def test_the_best_control_is_chosen_by_validation():
     gap = next(one for one in deciding if one["arm"] == "composed")
     assert gap["interval"][0] > 0.2 and gap["interval"][0] <= gap["difference"] <= gap["interval"][1] and gap["seeds"] == 2
     assert found["test_readings"] == 8 and found["arms"]["composed"]["teachers"] == {"level0": 0.95}
+
+
+def test_of_equal_controls_the_one_with_the_lower_validation_loss_is_best():
+    results = [made_up(arm, seed, 0.9, 0.9, True, 1, loss) for seed in (0, 1)
+               for arm, loss in (("alone", 0.3), ("top", 0.2))]
+    found = figures_of(results, ["alone", "top"])
+    assert found["best_control"] == "top" and any("by validation on seeds 0, 1: top" in text for text in remarks(found))
+
+
+def test_an_arm_whose_teachers_cost_more_than_the_pyramid_decides_nothing():
+    results = [made_up("top", seed, 0.8, 0.8, True) for seed in (0, 1)]
+    results += [made_up(arm, seed, 0.9, accuracy, False, cost) for arm, accuracy, cost in (
+        ("composed", 0.85, 2.0), ("dear", 0.95, 2.2)) for seed in (0, 1)]
+    found = figures_of(results, ["top", "composed", "dear"])
+    assert found["challenger"] == "composed" and found["dearer"] == ["dear"]
+    assert any("teachers of dear cost more than the pyramid" in text for text in remarks(found))
 
 
 def test_an_unfinished_study_compares_the_seeds_that_both_arms_have():
@@ -140,7 +158,7 @@ def test_a_signal_stops_a_study_and_a_second_start_finishes_it(studied):
         f"{arm}-seed-{seed}.json" for arm in ("alone", "top") for seed in (0, 1)}
     assert set(found["arms"]["top"]["networks"]) == {"mobile", "shuffle", "ensemble"}
     assert found["arms"]["alone"]["teacher_flops"] == 0 < found["arms"]["top"]["teacher_flops"] < found["pyramid_flops"]
-    assert f"best control by validation: {found['best_control']}" in second and "read 4 times" in second
+    assert f"best control by validation on seeds 0, 1: {found['best_control']}" in second and "read 4 times" in second
 
 
 def test_results_are_those_of_the_runs(studied):
@@ -164,6 +182,14 @@ def test_teachers_and_archives_are_shared_and_copied_rather_than_made_again(stud
         students = json.loads((folder / "runs" / f"top-seed-{seed}" / "students" / "students.json").read_text())
         assert students["soft_targets"]["folder"] == str(path / "soft-targets")
         assert not (folder / "runs" / f"top-seed-{seed}" / "teachers").exists()
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_what_is_asked_now(studied, tiny, tmp_path):
+    shutil.copytree(studied[0] / "runs", tmp_path / "runs")
+    other = ["distill.epochs=3" if str(word) == "distill.epochs=4" else word for word in words(tiny, tmp_path)]
+    ended = Ranks(1, *other, "--arms", "alone").wait()[0]
+    assert ended.code == 2 and "distill.epochs is 3 in the recipe and 4 there" in ended.err, ended
+    assert not list(tmp_path.glob("results/*"))
 
 
 def test_what_has_its_result_is_not_run_again_though_its_runs_are_gone(studied, tiny, tmp_path):

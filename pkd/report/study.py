@@ -50,7 +50,7 @@ def _notes(study: Study) -> list[str]:
 
 def _cards(study: Study) -> list[tuple[str, str]]:
     measured, cards = study.measured, []
-    if measured:
+    if measured and study.tree["complete"]:  # else over different seeds
         best = max(measured, key=lambda name: measured[name]["networks"][ENSEMBLE]["validation_accuracy"][0])
         cards.append((percent(study.accuracy(best)), f"ensemble of the arm that is best by validation: {best}"))
     if study.control in measured:

@@ -18,6 +18,7 @@ from pkd.order import Order, is_done
 from pkd.phases import run_phases
 from pkd.recipe import Recipe
 from pkd.recipe_file import identity, load_recipe
+from pkd.run_folder import RunFolder
 from pkd.shipped import shipped_file
 from pkd.study.arms import Arm, built_in, choose, fitting_shards, own_arm, pyramid_flops, refuse_unequal
 from pkd.study.figures import aggregate
@@ -130,6 +131,11 @@ class Study:
             if dry and order.run in self.shown:
                 continue
             self.shown.add(order.run)
+            try:
+                RunFolder(order.run).check(order.recipe)  # else what is there would count as done
+            except UserError as error:
+                self.console.error(f"pkd: {error}")
+                return REFUSED
             if "teach" in order.phases and not dry:
                 copied = hand_on(order.run, order.recipe, self.data)
                 if copied:

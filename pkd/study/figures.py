@@ -5,10 +5,11 @@ import time
 import numpy as np
 
 from pkd.predictions import ENSEMBLE
+from pkd.study.arms import LONGER
 from pkd.study.results import right
 from pkd.study.statistics import crossed_bootstrap, mean_sd
 
-FIGURES = ("accuracy", "loss", "calibration_error", "validation_accuracy")
+FIGURES = ("accuracy", "loss", "calibration_error", "validation_accuracy", "validation_loss")
 YARDSTICK = "top"  # every arm is compared with it, and with the best control
 
 
@@ -16,14 +17,19 @@ def aggregate(name: str, results: list[dict], order: list[str], seeds: list[int]
               classes: int) -> dict:
     """order: the study's arms, seeds: its seeds; other arms that have results come after them.
 
-    The best control and the challenger, the best of the other arms, are those whose ensembles have the highest mean
-    validation accuracy. The difference between these two decides, if the control has all seeds that the challenger has.
+    The best control and the challenger, the best of the other arms whose teachers cost no more than the pyramid's, are those
+    whose ensembles have the highest mean validation accuracy, and of equal ones the lowest validation loss. The difference
+    between these two decides, if the control has all seeds that the challenger has.
     """
     by_arm: dict[str, dict[int, dict]] = {arm: {} for arm in order}
     for result in results:
         by_arm.setdefault(result["arm"], {})[result["seed"]] = result
     arms = {arm: _arm(own) for arm, own in by_arm.items() if own}
-    best, challenger = _best(by_arm, control=True), _best(by_arm, control=False)
+    most = LONGER * pyramid_flops
+    controls = {arm: own for arm, own in by_arm.items() if arm in arms and arms[arm]["control"]}
+    others = {arm: own for arm, own in by_arm.items() if arm in arms and not arms[arm]["control"]
+              and arms[arm]["teacher_flops"] <= most}
+    (best, chosen_on), (challenger, _) = _best(controls), _best(others)
     differences = [difference for arm in arms for against in dict.fromkeys(a for a in (YARDSTICK, best) if a in arms)
                    if against != arm
                    for difference in _differences(by_arm, arm, against, (arm, against) == (challenger, best))]
@@ -35,7 +41,8 @@ def aggregate(name: str, results: list[dict], order: list[str], seeds: list[int]
         "complete": all(seed in by_arm[arm] for arm in order for seed in seeds),
         "missing": [f"{arm}-seed-{seed}" for arm in order for seed in seeds if seed not in by_arm[arm]],
         "world_sizes": sorted({result["world_size"] for result in results}), "pyramid_flops": pyramid_flops,
-        "arms": arms, "best_control": best, "challenger": challenger, "differences": differences}
+        "arms": arms, "best_control": best, "chosen_on": chosen_on, "challenger": challenger,
+        "dearer": [arm for arm in arms if arms[arm]["teacher_flops"] > most], "differences": differences}
 
 
 def _arm(own: dict[int, dict]) -> dict:
@@ -54,15 +61,15 @@ def _arm(own: dict[int, dict]) -> dict:
             "teachers": {name: mean_sd(values)[0] for name, values in teachers.items()}}
 
 
-def _best(by_arm: dict[str, dict[int, dict]], control: bool) -> str | None:
-    """By validation on the seeds that all controls (all others) have; without a common seed, on those that each has."""
-    arms = {arm: own for arm, own in by_arm.items() if own and next(iter(own.values()))["control"] == control}
+def _best(arms: dict[str, dict[int, dict]]) -> tuple[str | None, list[int]]:
+    """By validation on the seeds that all of them have, which are given back; without one on those that each has."""
     shared = set.intersection(*map(set, arms.values())) if arms else set()
 
-    def validated(arm: str) -> float:
-        own = arms[arm]
-        return float(np.mean([own[seed]["networks"][ENSEMBLE]["validation_accuracy"] for seed in shared or own]))
-    return max(arms, default=None, key=validated)
+    def validated(arm: str) -> tuple[float, float]:
+        figures = [arms[arm][seed]["networks"][ENSEMBLE] for seed in shared or arms[arm]]
+        return (float(np.mean([own["validation_accuracy"] for own in figures])),
+                -float(np.mean([own["validation_loss"] for own in figures])))
+    return max(arms, default=None, key=validated), sorted(shared)
 
 
 def _differences(by_arm: dict[str, dict[int, dict]], arm: str, against: str, decides: bool) -> list[dict]:

@@ -13,7 +13,7 @@ from pkd.recipe import Recipe
 from pkd.recipe_file import difference, digest, identity
 from pkd.study.arms import Arm, level_flops, student_flops
 
-FIGURES = ("accuracy", "loss", "calibration_error", "validation_accuracy", "parameters")
+FIGURES = ("accuracy", "loss", "calibration_error", "validation_accuracy", "validation_loss", "parameters")
 
 
 def result_path(folder: Path, arm: str, seed: int) -> Path:
@@ -21,8 +21,14 @@ def result_path(folder: Path, arm: str, seed: int) -> Path:
 
 
 def make_result(run: Path, study: dict, arm: Arm, recipe: Recipe, data: DataSet, seconds: float) -> dict:
-    """Of an evaluated run. study: the identity of the study's recipe; seconds: that this start took for the arm."""
+    """Of an evaluated run. study: the identity of the study's recipe; seconds: that this start took for the arm.
+
+    Raises UserError where it was evaluated on other data.
+    """
     summary, said = read_json(run / "summary.json"), Predictions.read(run / "predictions")
+    if summary.get("fingerprint") != data.fingerprint:
+        raise UserError(f"run {run} was evaluated on other images or another split than the data that are here: delete that "
+                        "folder, or restore the data")
     view = (data.channels, data.size)
     teachers, flops = {}, 0.0
     for name, teacher in summary["teachers"].items():
@@ -75,7 +81,7 @@ def refuse_other(folder: Path, result: dict, recipe: Recipe) -> None:
     if result["recipe_identity"] != digest(asked):
         path = result_path(folder, result["arm"], result["seed"])
         raise UserError(f"{path} is of other settings: {difference(asked, result['recipe'])}; give another --study-folder, "
-                        "another name to the arm, or delete that file")
+                        f"another name to the arm, or delete that file and runs/{result['arm']}-seed-{result['seed']}")
 
 
 def packed(right: np.ndarray) -> str:

@@ -42,13 +42,18 @@ def remarks(study: dict) -> list[str]:
     """What the tables do not say."""
     out = [f"{arm}: {own['title']}" for arm, own in study["arms"].items()]
     if study["best_control"]:
-        out.append(f"best control by validation: {study['best_control']}"
+        on = study["chosen_on"]
+        which = f"seed{'s' * (len(on) > 1)} {', '.join(map(str, on))}" if on else "the seeds that each has"
+        out.append(f"best control by validation on {which}: {study['best_control']}"
                    + (f"; against it one arm decides, the best of the others by validation: {study['challenger']}"
                       if study["challenger"] else ""))
     out += lacking(study) + coverage(study)
     if len(study["world_sizes"]) > 1:
         out.append(f"arms ran on different numbers of ranks ({', '.join(map(str, study['world_sizes']))}), so that their "
                    "students' batch statistics differ in more than the arm")
+    if study["dearer"]:
+        out.append(f"teachers of {', '.join(study['dearer'])} cost more than the pyramid, for which the controls are not "
+                   "made: such an arm decides nothing")
     missing = study["missing"]
     if missing:
         out.append(f"not finished: {', '.join(missing[:4])}" + f" and {len(missing) - 4} more" * (len(missing) > 4))

@@ -1,6 +1,6 @@
 """The table of speeds: pkd against the baselines, every program in turn; writes RESULTS.md. See launch/bench.sh.
 
-python tests/bench/speed.py [--rounds 9] [--steps 16] [--only online ...]
+python tests/bench/speed.py [--rounds 9] [--steps 16] [--folder PATH] [--only online ...]
 """
 
 import argparse
@@ -34,7 +34,9 @@ done already. A ratio compares two runs of one round. ResNet-101 / 2 x ResNet-50
 and 2 x ShuffleNetV2 students, the paper's objective, 32 pixels, 100 classes, no augmentation: one view of an image, for
 which the archive is filled once; that was timed once, before the rounds. Two cores for each program: two threads in one
 process, or two ranks of one thread, co-located. Our kernels: students fp32 and channels last, teachers {kernels}.
-pkd's teachers answer {answer_steps} steps at once in blocks of {answer_rows} rows.
+pkd's teachers answer {answer_steps} steps at once in blocks of {answer_rows} rows. "In groups": each rank trains two of the
+students (placement.student_groups=2), on whole batches, as the published loop does; else both train all four, on half of
+each.
 """
 ANSWERS = {"window": 8, "answer_steps": 8, "answer_rows": 128}
 MORE = ANSWERS["window"] + ANSWERS["answer_steps"]  # steps that teachers may be ahead
@@ -178,7 +180,7 @@ class Bench:
         for script, ranks in (("published_loop", 1), ("naive_ddp", 2)):
             theirs = self.losses_and_rate(script, "paper-slow", "ours", ranks)["losses"]
             trial = Trial(self.folder, self._words("paper-slow", ranks, 2), ranks)
-            run = self.folder / f"traced-{ranks}"
+            run = Path(tempfile.mkdtemp(prefix="traced-", dir=self.folder))
             kind = "single" if ranks == 1 else "co-located"
             trial.phase("distill", "trace=true", f"placement.kind={kind}", "--steps", "3", run=run)
             ours = [list(json.loads(line)["loss"].values()) for line in (run / "steps.jsonl").read_text().splitlines()]
@@ -204,6 +206,7 @@ def programs(bench: Bench) -> dict[str, Program]:
         pkd("pkd online", "paper", 2, both),
         pkd("pkd online, students in groups", "paper", 2, both, "placement.student_groups=2"),
         pkd("pkd archive", "paper", 2, "soft_targets=archive"),
+        pkd("pkd archive, students in groups", "paper", 2, "soft_targets=archive", "placement.student_groups=2"),
         other("torchdistill, eager", "torchdistill_kd", "pair-eager", "eager"),
         pkd("pkd, one teacher, one student, eager", "pair-eager", 1),
         pkd("pkd, one teacher, one student, our kernels", "pair", 1),
@@ -220,17 +223,16 @@ def rows(rates: dict[str, list[float]], filled: float) -> list[tuple[str, str, l
     def over(one: str, other: str) -> list[float]:
         return [a / b for a, b in zip(rates[one], rates[other])]
 
-    def whole(other: str, epochs: int = 30) -> list[float]:
-        return [epochs / b / (1 / filled + epochs / a) for a, b in zip(rates["pkd archive"], rates[other])]
+    def whole(other: str, one: str = "pkd archive", epochs: int = 30) -> list[float]:
+        return [epochs / b / (1 / filled + epochs / a) for a, b in zip(rates[one], rates[other])]
     return [
         ("archive, 2nd epoch on, against students alone", "0.95", over("pkd archive", "students alone")),
-        ("archive, 30 epochs with its filling, against published loop, eager", "5.5", whole("published loop, eager")),
-        ("the same, published loop with our kernels", "2.8", whole("published loop, our kernels")),
-        ("online against published loop, eager", "3.5", over("pkd online", "published loop, eager")),
-        ("online against published loop, our kernels", "2.0", over("pkd online", "published loop, our kernels")),
-        ("the same two, students in groups of their own, so that batch statistics are the published loop's: eager", "3.5",
-         over("pkd online, students in groups", "published loop, eager")),
-        ("our kernels", "2.0", over("pkd online, students in groups", "published loop, our kernels")),
+        *((f"{what} against published loop, {kernels}{where}", asked,
+           ratio(f"published loop, {kernels}", f"{program}{where}"))
+          for where in ("", ", students in groups") for what, program, ratio, every in (
+              ("archive, 30 epochs with its filling,", "pkd archive", whole, ("5.5", "2.8")),
+              ("online", "pkd online", lambda other, one: over(one, other), ("3.5", "2.0")))
+          for kernels, asked in zip(("eager", "our kernels"), every)),
         ("online against naive data parallel, our kernels", "1.0", over("pkd online", "naive data parallel, our kernels")),
         ("a teacher rank and a student rank, a core each: students against alone on one core", "0.92",
          over("one core: students, the other: their teachers", "one core: students alone")),
@@ -266,10 +268,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--folder", type=Path, help="where teachers, their archive and finished rounds are kept")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="programs whose names contain one of them; writes no page")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="pkd-speed-") as folder:
-        bench = Bench(Path(folder), arguments.steps)
+        bench = Bench(arguments.folder or Path(folder), arguments.steps)
         chosen = [program for name, program in programs(bench).items()
                   if not arguments.only or any(word in name for word in arguments.only)]
         if arguments.only:
@@ -278,11 +281,14 @@ def main() -> None:
             return
         equal = bench.check_equal_math()
         print("\n".join(equal), flush=True)
-        rates: dict[str, list[float]] = {program.name: [] for program in chosen}
-        for number in range(arguments.rounds):  # a page after each, so that one that is ended early has figures, too
+        rates, kept = {program.name: [] for program in chosen}, bench.folder / f"rates-{bench.commit}.json"
+        if kept.exists():  # of an earlier start with the same --folder
+            rates, bench.memory = json.loads(kept.read_text())
+        for number in range(len(rates["pkd online"]), arguments.rounds):
             order = chosen if number % 2 == 0 else chosen[::-1]
             for name, own in take_turns(order, 1, lambda text: print(text, flush=True)).items():
                 rates[name] += own
+            kept.write_text(json.dumps([rates, bench.memory]))
             (HERE / "RESULTS.md").write_text(page(bench, rates, equal, number + 1))
 
 
