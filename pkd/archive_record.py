@@ -7,6 +7,8 @@ or missing is refused, or with `soft_targets: auto` passed over with a sentence;
 import json
 from pathlib import Path
 
+import torch
+
 from pkd.archive_layout import Layout
 from pkd.errors import UserError
 from pkd.files import read_json, sha256
@@ -45,7 +47,7 @@ def kernels(job: Job) -> str:
     """What decides the last bits of this rank's answers."""
     recipe, device = job.recipe, hardware(job.world.device).device
     device = f"cpu ({cpu_model()})" if device == "cpu" else device
-    return f"{device}, {recipe.threads} thread(s), blocks of {recipe.answer_rows} rows"
+    return f"{device}, torch {torch.__version__}, {recipe.threads} thread(s), blocks of {recipe.answer_rows} rows"
 
 
 def pixels(job: Job, views: Views, count: int) -> list[int]:
@@ -101,7 +103,8 @@ def open_archive(job: Job, key: dict, layout: Layout, views: Views) -> Path | No
             wish = recipe.placement  # every rank trains students
             check_groups(wish.student_groups, len(recipe.students), world.size)
             check_batch(recipe.distill.batch, world.size, wish.accumulation, wish.student_groups)
-            return {"index": index, "shards": record["shards"]}
+            made = set(record.get("made_on", [])) - {kernels(job)}
+            return {"index": index, "shards": record["shards"], "other": sorted(made)}
         except UserError as error:
             if recipe.soft_targets == "archive":
                 raise
@@ -121,6 +124,8 @@ def open_archive(job: Job, key: dict, layout: Layout, views: Views) -> Path | No
         job.console.say(f"soft_targets is auto, and teachers are asked online: {found['why']}")
         return None
     job.console.say(f"soft targets are read from {folder}: {layout.views} view(s) of {len(layout.order)} samples")
+    if found["other"]:
+        job.console.say(f"they were made on {', '.join(found['other'])}: not bit-identical to teachers asked here")
     return folder
 
 

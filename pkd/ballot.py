@@ -6,7 +6,7 @@ the flow control too: nobody posts an exchange for a step whose ballot is not co
 stops or an epoch ends.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,7 @@ class Ballot:
         self.first, self.end = first, last - 1
         self.pending: list[tuple[torch.Tensor, dist.Work | None]] = []
         self.votes: list[Vote] = []
+        self.saved = -1  # the last vote that may not ask for a save again
 
     def permit(self, step: int) -> bool:
         """Whether step `step` is to run, and may be posted for; waits for the vote that it depends on."""
@@ -58,18 +59,28 @@ class Ballot:
         self.pending.append((vector, self.group.allreduce([vector], options) if self.group else None))
 
     def after(self, step: int) -> Vote:
-        """What was decided for the moment right after `step`."""
+        """What was decided for the moment right after `step`; to be asked once a step, in order."""
         index, rest = divmod(step - self.delay - self.first, self.every)
         if rest or index < 0:
             return Vote()
         self._resolve(index + 1)
-        return self.votes[index]
+        vote = self.votes[index]
+        if vote.save and index <= self.saved:
+            return replace(vote, save=False)
+        if vote.save:  # what is voted until this moment asks for the same
+            self.saved = (step - self.first) // self.every
+        return vote
 
     def close(self) -> Vote:
         """Wait for every vote that is still out; all of them together. Nothing is pending afterwards."""
         self._resolve(len(self.votes) + len(self.pending))
         broken = [vote.broken for vote in self.votes if vote.broken]
         return Vote(any(v.stop for v in self.votes), any(v.save for v in self.votes), min(broken, default=None))
+
+    @property
+    def all_began(self) -> bool:
+        """Whether a vote is known that every rank that trains cast after its first step of the stretch."""
+        return len(self.votes) > 1
 
     def maximum(self, values: list[float]) -> list[float]:
         """Elementwise maximum over all ranks, at once; for epochs' ends."""

@@ -26,17 +26,20 @@ class Classifier:
     logits: Callable[[torch.Tensor], torch.Tensor]  # uint8 [n, channels, *view_size] -> fp32 [n, classes], on the CPU
 
 
-def open_classifier(path: Path, student: str | None) -> Classifier:
-    """The ensemble, or one student, of a run folder or of what `pkd export` wrote. Raises UserError."""
+def open_classifier(path: Path, student: str | None, trust_code: bool = False) -> Classifier:
+    """The ensemble, or one student, of a run folder or of what `pkd export` wrote. Raises UserError.
+
+    trust_code: import a model of the user's own that an export names.
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist: give a run folder, or what pkd export wrote")
     files = sorted(path.glob("*.onnx")) if path.is_dir() else [path]
     if (path / "run.json").exists():
         students = finished_students(RunFolder(path), smoke=True)
     elif (path / f"{LIST}.json").exists():
-        students = [read_network(path / name) for name in _listed(path / f"{LIST}.json")]
+        students = [_exported(path / name, None, trust_code) for name in _listed(path / f"{LIST}.json")]
     elif (path / f"{CONFIG}.json").exists():
-        students = _of_hub(path)
+        students = _of_hub(path, trust_code)
     elif len(files) == 1:
         return _of_onnx(files[0], student)
     else:
@@ -56,10 +59,18 @@ def _of_networks(students: list[tuple[Network, dict]]) -> Classifier:
     return Classifier(facts["classes"], facts["channels"], tuple(facts["view_size"]), logits)
 
 
-def _of_hub(path: Path) -> list[tuple[Network, dict]]:
+def _exported(path: Path, stem: Path | None, trust_code: bool) -> tuple[Network, dict]:
+    name = str(read_json(path.with_name(path.name + ".json")).get("architecture"))
+    if ":" in name and not trust_code:
+        raise UserError(f"{path}.json names code, {name[:100]!r}, which would be imported and run: pass --trust-code if you "
+                        "know where it comes from")
+    return read_network(path, stem)
+
+
+def _of_hub(path: Path, trust_code: bool) -> list[tuple[Network, dict]]:
     several = "students" in read_json(path / f"{CONFIG}.json")
     folders = [path / name for name in _listed(path / f"{CONFIG}.json")] if several else [path]
-    return [read_network(folder / CONFIG, folder / WEIGHTS) for folder in folders]
+    return [_exported(folder / CONFIG, folder / WEIGHTS, trust_code) for folder in folders]
 
 
 def _of_onnx(file: Path, student: str | None) -> Classifier:

@@ -81,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
             own.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="an image file, or a folder with images")
             own.add_argument("--top", type=_positive, default=5, metavar="K", help="so many classes an image (default: 5)")
             own.add_argument("--csv", type=Path, metavar="FILE", help="write them into this new file instead")
+            own.add_argument("--trust-code", action="store_true", help="import a class that an export names")
         if name == "bench":
             own.add_argument("--ranks-per-node", type=_positive, default=1, help="processes on this machine")
             own.add_argument("--rounds", type=_positive, default=9, help="how often each program runs")
@@ -193,7 +194,8 @@ def single(arguments: argparse.Namespace, console: Console) -> None:
     else:
         from pkd.predict import predict
 
-        predict(arguments.run, arguments.images, arguments.student, arguments.top, arguments.csv, console)
+        predict(arguments.run, arguments.images, arguments.student, arguments.top, arguments.csv, console,
+                arguments.trust_code)
 
 
 def train(arguments: argparse.Namespace, launch: Launch) -> int:

@@ -48,7 +48,8 @@ def teach_along(setup: Setup, epoch: int, first: int) -> str:
                 break
             ballot.cast(step, Vote(stop=job.stop_wanted()))
             exchange.send(step)
-            job.steady()
+            if ballot.all_began:  # the students' first step may compile and take long
+                job.steady()
         votes = ballot.close()
         exchange.drain()
         shares = busy_shares(job.world.rank, job.world.size, answering, time.perf_counter() - began)

@@ -147,7 +147,8 @@ class Setup:
         job, recipe, world, path = self.job, self.job.recipe, self.job.world, self.job.run.path / "placement.json"
 
         def wish():
-            return digest([recipe.placement.model_dump(mode="json"), recipe.distill.batch, nodes(job.hardware),
+            return digest([recipe.placement.model_dump(mode="json"), recipe.distill.batch, recipe.answer_rows,
+                           recipe.together, nodes(job.hardware),
                            [rank.device for rank in job.hardware], world.devices, self.archive is not None])
 
         def before():
@@ -225,13 +226,16 @@ class Setup:
             raise UserError(f"teacher_views is sent, but {', '.join(together[0].teachers)} lies in shards on "
                             f"{together[0].where}, which rebuild their views: set teacher_views to rebuilt")
         logits = Router(self.job.pyramid, sources, self.constants.own).largest(self.schedule.batch)
+        if sources and recipe.answer_rows > recipe.together * self.schedule.batch:
+            self.job.console.say(f"answer_rows is {recipe.answer_rows}, but teachers are asked about "
+                                 f"{recipe.together * self.schedule.batch} samples at once: the rest of a block is wasted")
         kind, why = choose(recipe.exchange, self.placement, logits)
         if kind == "direct":
             self.job.console.say(why)
         parts = self.placement.student_ranks // self.placement.groups if kind == "direct" else 1
         router = Router(self.job.pyramid, sources, self.constants.own, parts, recipe.answer_rows)
         return Exchange(world, self.placement, self.schedule, router, self.labels.numpy(), recipe.window,
-                        self._hosts(sources, names), kind, self.views if self.sends_views else None, recipe.answer_steps)
+                        self._hosts(sources, names), kind, self.views if self.sends_views else None, recipe.together)
 
     def _hosts(self, sources: list[list[int]], names: list[str]) -> list[TeacherHost]:
         world, bf16 = self.job.world, self.job.recipe.teachers.forward == "bf16"

@@ -144,7 +144,9 @@ def _teacher(run: RunFolder, recipe: Recipe, teacher: Teacher, data: DataSet, vi
     test = data.splits["test"][:limit]
     ids = test[local[data.labels[test]] >= 0]
 
-    def accuracy(on: torch.device) -> float:
+    def accuracy(on: torch.device) -> float | None:
+        if len(ids) == 0:
+            return None
         return validate([network.to(on)], views, ids.numpy(), local[data.labels[ids]], on, lambda group: None).accuracy[0]
     try:
         found = accuracy(device)

@@ -6,7 +6,8 @@ import torch
 
 from pkd.console import Console
 from pkd.data import DataSet, load_data
-from pkd.models import read_weights
+from pkd.errors import UserError
+from pkd.models import check_model, models_of, read_weights
 from pkd.recipe import Model, Recipe
 from pkd.sources import DOWNLOADABLE
 from pkd.weights_file import is_weights_file
@@ -14,14 +15,18 @@ from pkd.weights_file import is_weights_file
 
 def fetch(recipe: Recipe, console: Console) -> tuple[DataSet, list[Model]]:
     """Download what the recipe names and is not there yet, and read it once. Raises UserError where that fails."""
-    wish = {"cache_gib": 0.0}  # nothing is decoded here
-    if recipe.data.name in DOWNLOADABLE and recipe.data.path:
-        wish["download"] = True
-    data = load_data(recipe.data.model_copy(update=wish))
+    for model in models_of(recipe):
+        check_model(model)
+    wish = recipe.data.model_copy(update={"cache_gib": 0.0, "download": False})  # nothing is decoded here
+    try:
+        data = load_data(wish)
+    except UserError:
+        if not (recipe.data.name in DOWNLOADABLE and recipe.data.path):
+            raise
+        data = load_data(wish.model_copy(update={"download": True}))
     console.say(f"data {recipe.data.name}{f' in {recipe.data.path}' if recipe.data.path else ''}: "
                 f"{len(data.labels)} images of {len(data.classes)} classes")
-    models = [level.model for level in recipe.pyramid] + [student.model for student in recipe.students]
-    pretrained = list({(model.name, model.weights): model for model in models if model.weights}.values())
+    pretrained = list({(model.name, model.weights): model for model in models_of(recipe) if model.weights}.values())
     for model in pretrained:
         count = sum(tensor.numel() for tensor in read_weights(model).values())
         where = model.weights if is_weights_file(model.weights) else Path(torch.hub.get_dir(), "checkpoints")

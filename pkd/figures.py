@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from pkd.data import DataSet
+from pkd.ds_config import load_ds_config
 from pkd.errors import UserError
 from pkd.files import read_json, write_json
 from pkd.hardware import cpu_model
@@ -40,7 +41,8 @@ class Keys:
         return {"part": "train", "students": students, "classes": len(self.pyramid.classes), "rows": self.rows(),
                 "batch": self.recipe.distill.batch, "objective": part(self.recipe.objective, free=False),
                 "teachers": [len(teacher.classes) for teacher in self.pyramid.teachers],
-                "deepspeed": self.recipe.deepspeed.students, "channels_last": self.recipe.channels_last,
+                "deepspeed": load_ds_config(self.recipe.deepspeed.students), "channels_last": self.recipe.channels_last,
+                "sync_batch_norm": self.recipe.distill.sync_batch_norm,
                 "compile": self.recipe.distill.compile, **self._common()}
 
     def sync(self) -> dict:

@@ -49,6 +49,8 @@ def decode(file: Path, size: tuple[int, int], grey: bool) -> torch.Tensor:
         with Image.open(file) as image:
             if image.mode.startswith("I;16"):  # Pillow's own conversion would cut off at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ("I", "F"):  # whose range nobody knows; a conversion would cut off below 0 and above 255
+                raise ValueError(f"its pixels have 32 bits, mode {image.mode}, and pkd takes 8 or unsigned 16")
             image = image.convert("L" if grey else "RGB")
             if (image.height, image.width) != size:
                 scale = max(size[0] / image.height, size[1] / image.width)

@@ -16,7 +16,7 @@ from pkd.errors import UserError
 from pkd.files import write_json
 from pkd.hardware import Hardware, devices, hardware, to_json
 from pkd.launcher import Launch
-from pkd.models import own_code
+from pkd.models import check_model, models_of, own_code
 from pkd.pyramid import Pyramid
 from pkd.recipe import Recipe
 from pkd.run_folder import RunFolder
@@ -55,6 +55,8 @@ class Job:
         name = self.recipe.deepspeed.teachers if self.phase == "teach" else self.recipe.deepspeed.students
         check_device(load_ds_config(name), name, self.world.device.type)
         check_compiler(self.recipe.distill.compile and self.phase == "distill")
+        for model in models_of(self.recipe):  # weights that are missing or misspelt, before anything is trained
+            check_model(model)
         self.beat("reading data")
         self.data: DataSet = load_data(self.recipe.data, self.watchdog.works)
         self.beat("data read")

@@ -21,6 +21,7 @@ PHASES = ("teach", "archive", "distill", "evaluate")
 def launch(arguments: argparse.Namespace, console: Console) -> int:
     """The exit code of `pkd launch`. Raises UserError."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    _check_models(recipe)
     phases, way = _phases(arguments.phases, recipe), arguments.on
     run = arguments.run_folder or Path("runs") / recipe.name
     RunFolder(run).check(recipe)
@@ -114,6 +115,13 @@ def _teacher(names: list[str] | None) -> str | None:
         raise UserError(f"this is element {index} of a job array, but --teacher was given {len(names)} times, for elements "
                         f"0 to {len(names) - 1}: submit an array of that size")
     return names[int(index)]
+
+
+def _check_models(recipe: Recipe) -> None:
+    from pkd.models import check_model, models_of
+
+    for model in models_of(recipe):
+        check_model(model)
 
 
 def check_plan(recipe: Recipe, ranks: int) -> None:

@@ -82,7 +82,8 @@ def _training(recipe: Recipe, summary: dict) -> list[str]:
     if summary["teachers"]:
         lines += ["", "| teacher | level | classes | parameters | accuracy % within its classes |", "|---|---|---|---|---|"]
     return [*lines, *(f"| {name} | {own['level']} | {len(own['classes'])} | {own['parameters']:,} | "
-                      f"{100 * own['accuracy']:.1f} |" for name, own in summary["teachers"].items())]
+                      f"{'-' if own['accuracy'] is None else format(100 * own['accuracy'], '.1f')} |"
+                      for name, own in summary["teachers"].items())]
 
 
 def _figures(summary: dict) -> list[str]:

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from pkd.errors import UserError, nearest
+from pkd.files import read_json
 from pkd.norm import Float32Buffers, convert
 from pkd.recipe import Model, Recipe
 from pkd.small_models import SMALL_MODELS
@@ -60,6 +61,11 @@ class Network(Float32Buffers):
         """
         self.channels_last = True
         return self.to(memory_format=torch.channels_last)
+
+
+def models_of(recipe: Recipe) -> list[Model]:
+    """Every model that a recipe names, teachers' first."""
+    return [level.model for level in recipe.pyramid] + [student.model for student in recipe.students]
 
 
 def check_model(model: Model) -> None:
@@ -125,7 +131,14 @@ def build(model: Model, classes: int, channels: int, size: tuple[int, int], empt
 def _backbone(name: str, arguments: dict) -> nn.Module:
     if name in SMALL_MODELS:
         return SMALL_MODELS[name](**arguments)
-    return torchvision.models.get_model(name, **arguments) if name in TORCHVISION_MODELS else _user_network(name, arguments)
+    if name not in TORCHVISION_MODELS:
+        return _user_network(name, arguments)
+    try:
+        return torchvision.models.get_model(name, **arguments)
+    except AssertionError as error:  # a vision transformer's patches do not fit
+        side = arguments.get("image_size")
+        raise UserError(f"model {name!r} cannot be built for images of {side} x {side} pixels ({_first_line(error)}): set "
+                        "input_size, such as 224") from None
 
 
 def _without_weights():
@@ -171,9 +184,8 @@ def _arguments(model: Model, classes: int, channels: int, input_size: tuple[int,
     arguments = {"num_classes": classes}
     if model.name in _AUXILIARY:
         arguments |= {"aux_logits": False, "init_weights": True}  # the latter is what they do anyway, with a warning
-    weights = _named_weights(model)
-    if weights is not None and model.name.startswith("vit_"):  # positions are learnt for one size of image
-        arguments["image_size"] = weights.meta["min_size"][0]
+    if model.name.startswith("vit_"):  # positions are learnt for one size of image
+        arguments["image_size"] = min(input_size)
     return arguments
 
 
@@ -191,8 +203,7 @@ def _user_class(name: str) -> type[nn.Module]:
 
 def own_code(recipe: Recipe) -> list[str]:
     """'package.module:Class (file)' of every model of the user's own that a recipe names: the only code it can run."""
-    models = [level.model for level in recipe.pyramid] + [student.model for student in recipe.students]
-    names = sorted({model.name for model in models if ":" in model.name})
+    names = sorted({model.name for model in models_of(recipe) if ":" in model.name})
     return [f"{name} ({inspect.getsourcefile(_user_class(name)) or 'built in'})" for name in names]
 
 
@@ -217,6 +228,9 @@ def _per_channel(model: Model, key: str, channels: int) -> tuple[float, ...]:
     values, weights = getattr(model, key), _named_weights(model)
     if values is None and weights is not None and model.name not in _AUXILIARY:
         values = getattr(weights.transforms(), key)
+    beside = Path(model.weights).with_suffix(".json") if model.weights and weights is None else None
+    if values is None and beside and beside.is_file():
+        values = read_json(beside).get(key)  # of a network that pkd wrote or exported
     if values is None:
         values = (0.5,)  # the two in _AUXILIARY were trained on pixels in [-1, 1], which this gives
     if len(values) not in (1, channels):

@@ -135,6 +135,8 @@ class Planner:
 
 def next_rank(work: Workload, ranks: RankMap, accumulation: int, known: Ranks, step: float) -> str:
     """Where one more rank, on a node of its own, would shorten a step of so many seconds most; in a few words."""
+    if ranks.shards:
+        return "to a place that was not looked for, as teachers lie in shards"
     more = Ranks(known.memory + known.memory[-1:], (*known.nodes, max(known.nodes) + 1) if known.nodes else (),
                  known.cores + known.cores[-1:] if known.nodes else known.cores, known.threads,
                  (*known.devices, max(known.devices) + 1) if known.devices else ())

@@ -32,8 +32,8 @@ class Prediction:
     probabilities: list[float]
 
 
-def predict(path: Path, given: list[Path], student: str | None, top: int, table: Path | None,
-            console: Console) -> list[Prediction]:
+def predict(path: Path, given: list[Path], student: str | None, top: int, table: Path | None, console: Console,
+            trust_code: bool = False) -> list[Prediction]:
     """The `top` likeliest classes of each image; path: a run folder or what `export` wrote; given: files and folders.
 
     table: a CSV file, which must not exist yet: image, class, probability, class_2, probability_2, ... Without it the
@@ -41,7 +41,7 @@ def predict(path: Path, given: list[Path], student: str | None, top: int, table:
     """
     if table is not None and os.path.lexists(table):
         raise UserError(f"{table} already exists: give a new file with --csv")
-    classifier = open_classifier(path, student)
+    classifier = open_classifier(path, student, trust_code)
     if (path / "run.json").exists() and (said := cut_short(path)):
         console.say(said)
     found = _predictions(classifier, image_files(given), min(top, len(classifier.classes)), console)

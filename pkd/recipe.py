@@ -39,7 +39,7 @@ class Data(Section):
     # csv only: a row whose label holds this has several labels; it is dropped and counted.
     label_separator: Annotated[str, Field(min_length=1)] = "|"
     workers: Whole = 4  # decoding threads
-    cache_gib: NonNegative = 4.0  # decode once at the start if all images fit in this, else batch by batch
+    cache_gib: NonNegative = 4.0  # of each rank: decode once at the start if all images fit in it, else batch by batch
 
 
 class Affine(Section):
@@ -86,7 +86,8 @@ class Model(Section):
     width: Positive = 1.0  # pkd's own models only
     weights: str | None = None  # a torchvision weights name (such as IMAGENET1K_V1) or a safetensors file
     input_size: Whole | None = None  # pixels a side; None: as the views are
-    # Per channel (or one for all) of pixels in [0, 1]; None: 0.5, or as `weights` was trained.
+    # Per channel (or one for all) of pixels in [0, 1]; None: as named weights were trained, or as the JSON beside a file of
+    # weights says, else 0.5.
     mean: tuple[Finite, ...] | None = None
     std: tuple[Positive, ...] | None = None
 
@@ -233,11 +234,12 @@ class Recipe(Section):
     placement: Placement = Placement()
     deepspeed: DeepSpeed = DeepSpeed()
     window: Annotated[int, Field(ge=1, le=64)] = 4  # steps that soft targets may travel ahead of the students
-    # Steps that teachers answer together, so that fewer blocks of rows are padded; with more than the window it stalls.
+    # Steps that teachers answer together, so that fewer blocks of rows are padded: at most the window, beyond which students
+    # would wait, and one where views are sent.
     answer_steps: Annotated[int, Field(ge=1, le=64)] = 4
     # Rows of every teacher forward. More take less time each (128 of a ResNet on a CPU: 0.65 to 0.8 of it) where so many
     # are asked in answer_steps; replicas of a teacher share a batch in whole blocks. Another number: other last bits.
-    answer_rows: Annotated[int, Field(ge=8, le=1024)] = 32
+    answer_rows: Annotated[int, Field(ge=16, le=1024, multiple_of=16)] = 32
     ballot_every: Annotated[int, Field(ge=1, le=1000)] = 1  # steps between votes
     # broadcast: every student rank gets all soft targets; direct: only those of its own samples; auto: by size.
     exchange: Literal["auto", "broadcast", "direct"] = "auto"
@@ -252,6 +254,11 @@ class Recipe(Section):
     tracker: Literal["tensorboard", "wandb", "mlflow"] | None = None
     checkpoint_minutes: Positive = 10.0
     compare_views: bool = True  # teacher and student ranks compare hashes of their views at each epoch's start
+
+    @property
+    def together(self) -> int:
+        """Steps that teachers do answer at once."""
+        return 1 if self.teacher_views == "sent" else min(self.answer_steps, self.window)
 
     @model_validator(mode="after")
     def _counts_fit(self):

@@ -36,9 +36,11 @@ class RunFolder:
         self.locks = [Lock(path, phase) for path in own]
         self.locks.append(Lock(self.path / "lock", phase, shared=teacher is not None, others=others))
         remarks = [lock.remark for lock in self.locks if lock.remark]
-        before = self.check(recipe).get("free", {}).get("threads", recipe.threads)
-        if before != recipe.threads:
-            remarks.append(f"threads was {before} and is now {recipe.threads}: not bit-identical from here")
+        free = self.check(recipe).get("free", {})
+        for key in ("threads", "answer_rows"):
+            before, now = free.get(key, getattr(recipe, key)), getattr(recipe, key)
+            if before != now:
+                remarks.append(f"{key} was {before} and is now {now}: not bit-identical from here")
         asked = identity(recipe)
         write_json(self.path / "run.json",
                    {"identity": digest(asked), "recipe": asked, "free": part(recipe, free=True)})

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -76,6 +77,8 @@ def _fashion(recipe: Data) -> Source:
     folder = Path(recipe.path or DEBIAN_FASHION)
     if recipe.download:
         folder = _downloaded(recipe, "FashionMNIST", "FashionMNIST/raw")
+    if os.path.isdir(folder / "FashionMNIST" / "raw"):  # where torchvision, and so pkd fetch, puts them
+        folder = folder / "FashionMNIST" / "raw"
     if not os.path.isdir(folder):
         raise UserError(f"fashion-mnist is not in {folder}: install Debian's package dataset-fashion-mnist, or set "
                         "data.path to a folder with its four IDX files, or data.path and data.download=true")
@@ -111,14 +114,18 @@ def _folder(works: Callable[[], None], recipe: Data) -> Source:
     root = _path(recipe)
     if not root.is_dir():
         raise UserError(f"data.path {root} is no folder: give one with a folder of images per class")
-    folders = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+    folders = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
     found = [name for name in folders if (root / name).is_dir()]
     splits = {folders[name]: root / name for name in found}
     if "train" not in splits or not any(entry.is_dir() for entry in splits["train"].iterdir()):
         splits = {"train": root}  # and train/, if any, is a class of that name
     elif len(splits) < len(found):
-        raise UserError(f"data.path {root} has both val/ and validation/: leave one of them")
+        raise UserError(f"data.path {root} has {', '.join(f'{name}/' for name in found)}, of which two are for validation: "
+                        "leave one of them")
     names = sorted(entry.name for entry in splits["train"].iterdir() if entry.is_dir())
+    unreadable = next((name for name in names if not _is_text(name)), None)
+    if unreadable:
+        raise UserError(f"the class folder {unreadable!r} in {splits['train']} has a name that is no UTF-8: rename it")
     files, labels, parts = [], [], []
     for split, folder in splits.items():
         for label in sorted(entry.name for entry in folder.iterdir() if entry.is_dir()):
@@ -150,6 +157,10 @@ def _csv(works: Callable[[], None], recipe: Data) -> Source:
     if incomplete:
         raise UserError(f"row {incomplete} of {path} lacks its image or its label: complete it or take it out")
     single = [cell for cell in cells if recipe.label_separator not in cell[1]]
+    twice, times = next(iter(Counter(image for image, _ in single).most_common(1)), ("", 0))
+    if times > 1:
+        raise UserError(f"image {twice} is in {times} rows of {path}, so that students could be trained and tested on it: "
+                        f"keep one row an image (one of several labels, joined by {recipe.label_separator!r}, is left out)")
     names = tuple(sorted({label for _, label in single}))
     number = {name: index for index, name in enumerate(names)}
     files = [path.parent / image for image, _ in single]
@@ -184,6 +195,13 @@ def _sizes(files: list[Path], works: Callable[[], None]) -> list[int]:
             raise UserError(f"image {file} is named in the data, but there is no such file: mend the list or the path")
         out.append(found.st_size)
     return out
+
+
+def _is_text(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _path(recipe: Data) -> Path:

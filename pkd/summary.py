@@ -9,7 +9,7 @@ def table(summary: dict) -> Table:
         out.add_column(column, justify=justify)
     for name, teacher in summary["teachers"].items():
         out.add_row(f"teacher {name}", str(len(teacher["classes"])), f"{teacher['parameters']:,}",
-                    f"{100 * teacher['accuracy']:.1f}")
+                    "-" if teacher["accuracy"] is None else f"{100 * teacher['accuracy']:.1f}")
     out.add_section()
     for name, student in summary["students"].items():
         out.add_row(f"student {name}", "all", f"{student['parameters']:,}", f"{100 * student['accuracy']:.1f}")

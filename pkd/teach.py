@@ -63,7 +63,7 @@ def _teach(job: Job, teachers: list[Teacher], steps: int, name: str) -> str:
             outcome = Lesson(job, teacher, ranks, bridge, steps).run()
             job.world.leave_island()
     job.beat("taught", group="the other ranks' teachers")
-    return "stopped" if job.world.meet(name, outcome == "stopped") else "finished"
+    return "stopped" if job.world.meet(name, outcome == "stopped", job.stop_wanted) else "finished"
 
 
 def _group_the_rest(job: Job) -> Pyramid:
@@ -278,6 +278,9 @@ def _samples(job: Job, teacher: Teacher):
     if len(samples) < job.recipe.teachers.batch:
         raise UserError(f"teacher {teacher.name} has {len(samples)} training images, fewer than teachers.batch "
                         f"{job.recipe.teachers.batch}: lower teachers.batch or give it more classes")
+    if len(_of_classes(job.data, "validation", teacher)) == 0:
+        raise UserError(f"teacher {teacher.name} has no validation images, by which its best weights are chosen: give the "
+                        "validation split some of its classes, or give it more classes")
     return samples
 
 

@@ -42,7 +42,7 @@ class TeacherHost:
     with other numbers of rows the same image's logits differ in their last bits, and placements would no longer agree.
     formats: how each teacher's rows are rounded beyond fp16; without any they are left as they are.
     sends: whether this rank's answers are used; of the ranks that hold a teacher together, the first one's are.
-    works: told after each teacher's answers, which are progress. names: of teachers, for what is said about one.
+    works: told after each block of answers, which are progress. names: of teachers, for what is said about one.
     """
 
     def __init__(self, source: int, networks: dict[int, Network | ShardedNetwork], views: Views, device: torch.device,
@@ -71,7 +71,6 @@ class TeacherHost:
             if len(images) == 0:
                 continue
             logits = self.forward(index, images)
-            self.works()
             if not self.sends:
                 continue
             if index in self.formats:
@@ -101,6 +100,7 @@ class TeacherHost:
                 padding = block.new_zeros((self.block - len(block), *block.shape[1:]))
                 padded = torch.cat([block, padding]) if len(padding) else block
                 parts.append(centred(network(padded.to(self.device))[:len(block)]))
+                self.works()
             logits = torch.cat(parts).cpu()
         if not bool(torch.isfinite(logits).all()):
             name = self.names[index] if self.names else index

@@ -50,7 +50,7 @@ def workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, timings: Timings, 
     labels, batch = data.labels[data.splits["train"]].numpy(), recipe.distill.batch
     counts = np.bincount(labels, minlength=len(data.classes))
     teachers, largest, weight = {}, 0, 2 if recipe.teachers.forward == "bf16" else 4
-    block, at_once = recipe.answer_rows, 1 if recipe.teacher_views == "sent" else recipe.answer_steps
+    block, at_once = recipe.answer_rows, recipe.together
     for index in asked(recipe.objective.kind, pyramid):
         teacher = pyramid.teachers[index]
         cost = network_cost(teacher.model, len(teacher.classes), data.channels, data.size)

@@ -19,7 +19,7 @@ WAYS = {
 
 # A signal in the moment between a process's start and Python's first line would end it: until then none is listened to.
 # DeepSpeed numbers the GPUs that ranks see from 0, whichever Slurm gave to the job: PKD_DEVICES holds those.
-RANK = ["bash", "-c", 'trap "" TERM USR1; if [[ $PKD_DEVICES ]]; then export CUDA_VISIBLE_DEVICES=$PKD_DEVICES; fi; '
+RANK = ["bash", "-c", 'trap "" TERM USR1; if [[ -v PKD_DEVICES ]]; then export CUDA_VISIBLE_DEVICES=$PKD_DEVICES; fi; '
         'exec "$@"', "rank"]
 
 
@@ -44,15 +44,15 @@ def command(way: str, arguments: list[str], ranks: int, env: Mapping[str, str], 
                                  "--master_port", str(_port(f"{env['SLURM_JOB_ID']}.{arguments[0]}"))))
     # DeepSpeed's own processes would die of USR1; the ranks below them listen to it themselves.
     return [*srun, f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "bash", "-c",
-            'trap "" TERM USR1; export PKD_DEVICES=$CUDA_VISIBLE_DEVICES; '
+            'trap "" TERM USR1; if [[ -v CUDA_VISIBLE_DEVICES ]]; then export PKD_DEVICES=$CUDA_VISIBLE_DEVICES; fi; '
             f'exec {node} --node_rank "$SLURM_NODEID" "$@"', "node", *rank]
 
 
 def environment(way: str, env: Mapping[str, str]) -> dict[str, str]:
     """What the launcher's own environment needs beside what it has."""
     out = {"OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", "1")}  # pkd sets its threads itself, by the recipe
-    if way == "deepspeed":
-        out["PKD_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "")
+    if way == "deepspeed" and "CUDA_VISIBLE_DEVICES" in env:
+        out["PKD_DEVICES"] = env["CUDA_VISIBLE_DEVICES"]
     if way == "torchrun":
         out["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "600"  # after a signal torchrun kills what has not saved by then
     return out

@@ -132,11 +132,15 @@ class World:
             time.sleep(0.01)
         return self.store.get(key)
 
-    def meet(self, name: str, stopped: bool) -> bool:
-        """Wait, however long, until every rank has called this with `name`; whether any of them was stopped."""
+    def meet(self, name: str, stopped: bool, asked: Callable[[], object] = lambda: None) -> bool:
+        """Wait, however long, until every rank has called this with `name`; whether any of them was stopped.
+
+        asked: called while this rank waits, to pass on a signal that reaches it alone.
+        """
         self.store.add(f"stopped/{name}", int(stopped))
         self.store.add(f"here/{name}", 1)
         while self.store.add(f"here/{name}", 0) < self.size:
+            asked()
             time.sleep(0.02)
         return self.store.add(f"stopped/{name}", 0) > 0
 

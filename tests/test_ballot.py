@@ -51,6 +51,36 @@ def test_a_save_is_decided_for_one_moment(window, every, save):
     assert closing.save == (save % every == 0 and save < 30)
 
 
+@given(window=st.integers(1, 5), every=st.integers(1, 4), due=st.integers(0, 30))
+@settings(deadline=None, max_examples=100)
+def test_who_asks_for_a_save_until_it_happens_gets_one(window, every, due):
+    class Clock(dict):  # of a rank that asks from step `due` on, until a save has happened
+        def get(self, step, default):
+            return Vote(save=True) if step >= due and not any(moment < step for moment in happened) else default
+
+    class Recording(Ballot):
+        def after(self, step):
+            vote = super().after(step)
+            if vote.save:
+                happened.append(step)
+            return vote
+    happened: list[int] = []
+    play(Recording(None, window, every), 0, 40, window, True, Clock())
+    first = -(-due // every) * every + window + 1
+    assert happened == ([first] if first < 40 else [])
+
+
+def test_all_have_begun_once_a_second_vote_is_known():
+    ballot = Ballot(None, 3, 2)
+    ballot.open(0, 20)
+    began = []
+    for step in range(20):
+        assert ballot.permit(step)
+        began.append(ballot.all_began)
+        ballot.cast(step, Vote())
+    assert began.index(True) == 7 and all(began[7:]), "the vote of step 2 is what the permit of step 2 + 3 + 2 depends on"
+
+
 def test_the_earliest_loss_that_was_not_finite_is_named():
     ballot = Ballot(None, 1, 1)
     closing = play(ballot, 0, 20, 1, True, {7: Vote(broken=(6, 3)), 8: Vote(broken=(7, 0))})[3]

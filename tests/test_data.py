@@ -157,6 +157,12 @@ def test_idx_files_plain_or_gzipped(tmp_path, packed):
     assert data.splits["test"].tolist() == list(range(40, 60)) and data.classes[9] == "Ankle boot"
 
 
+def test_fashion_mnist_is_found_where_torchvision_puts_it(tmp_path):
+    (tmp_path / "FashionMNIST" / "raw").mkdir(parents=True)
+    write_idx(tmp_path / "FashionMNIST" / "raw", True)
+    assert len(load_data(Data(name="fashion-mnist", path=str(tmp_path))).labels) == 60
+
+
 @pytest.mark.skipif(not FASHION.is_dir(), reason=f"{FASHION} is not installed (Debian's dataset-fashion-mnist)")
 def test_the_real_fashion_mnist_is_found_without_a_path():
     data = load_data(Data(name="fashion-mnist"))
@@ -229,7 +235,7 @@ def test_a_folder_per_class_with_or_without_split_folders(tmp_path, splits):
 
 
 def test_images_are_resized_by_the_shorter_side_and_cut_at_the_centre(tmp_path):
-    """Grey as the first file is; 16 bits a pixel keep their upper 8."""
+    """In colour as some of the files are; 16 bits a pixel keep their upper 8."""
     bands = np.repeat(np.array([0, 90, 200, 30], dtype=np.uint8), 4)
     write_images(tmp_path / "b", 4, 8, 8)
     (tmp_path / "a").mkdir()
@@ -238,7 +244,7 @@ def test_images_are_resized_by_the_shorter_side_and_cut_at_the_centre(tmp_path):
         Image.fromarray(image).save(tmp_path / "a" / f"{index}.png")
     data = load_data(Data(name="folder", path=str(tmp_path), image_size=8))
     wide, deep, tall = data.images[torch.arange(3)][:, 0]
-    assert (data.channels, data.size) == (1, (8, 8)) and torch.equal(wide, torch.from_numpy(bands[4:12]).expand(8, 8))
+    assert (data.channels, data.size) == (3, (8, 8)) and torch.equal(wide, torch.from_numpy(bands[4:12]).expand(8, 8))
     assert torch.equal(deep, wide) and torch.equal(tall, wide.T)
     assert "16 x 8" in refusal(name="folder", path=str(tmp_path)) and "data.image_size" in refusal(
         name="folder", path=str(tmp_path))

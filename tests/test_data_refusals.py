@@ -1,5 +1,6 @@
 """Data sets: what each reader refuses, and what damage does."""
 
+import contextlib
 import gzip
 import shutil
 
@@ -118,7 +119,7 @@ def test_one_grey_picture_does_not_make_a_set_grey(tmp_path):
     assert_holds(load("folder", tmp_path), np.concatenate([grey, images[1:]]), [0] * 5 + [1] * 5, ["cat", "dog"])
 
 
-@pytest.mark.parametrize("validation", ["val", "validation"])
+@pytest.mark.parametrize("validation", ["val", "valid", "validation"])
 def test_folder_with_split_folders(tmp_path, validation):
     images = [write_folder(tmp_path / split, count) for split, count in (("train", 3), (validation, 2), ("test", 1))]
     data = load("folder", tmp_path)
@@ -236,6 +237,11 @@ def test_folders_and_tables_that_cannot_be_used_are_refused(tmp_path):
     refused(["data.image_column", "(none)"], "csv", write_table(table, [], ""))
     refused(["row 11", "complete it"], "csv", write_table(table, [*files, "train/cat/000.png,"]))
     refused(["absent.png", "no such file", "mend"], "csv", write_table(table, [*files, "absent.png,a"]))
+    refused(["train/cat/000.png is in 2 rows", "one row"], "csv", write_table(table, [*files, "train/cat/000.png,b"]))
+    with contextlib.suppress(OSError):  # a file system that takes UTF-8 names only
+        (tmp_path / "train" / "caf\udce9").mkdir()
+        refused(["no UTF-8", "rename it"], "folder", tmp_path)
+        (tmp_path / "train" / "caf\udce9").rmdir()
     (tmp_path / "test" / "dgo").mkdir(parents=True)
     refused(["'dgo'", "did you mean 'dog'"], "folder", tmp_path)
 
@@ -245,6 +251,13 @@ def test_images_of_several_sizes_need_image_size(tmp_path):
     Image.fromarray(pictures(1, 9, 5, 3)[0]).save(tmp_path / "dog" / "009.png")
     refused(["7 x 6", "5 x 9", "009.png", "set data.image_size"], "folder", tmp_path)
     assert load("folder", tmp_path, image_size=4).size == (4, 4)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pixels_of_a_range_that_nobody_knows_are_refused(tmp_path, kind):
+    write_folder(tmp_path)
+    Image.fromarray(pictures(1, 6, 7)[0].astype(kind)).save(tmp_path / "dog" / "009.tiff")
+    refused(["009.tiff", "32 bits", "8 or unsigned 16"], "folder", tmp_path)
 
 
 def test_a_damaged_image_is_refused_before_training_or_when_it_is_asked_for(tmp_path):
@@ -267,7 +280,7 @@ def intact(tmp_path_factory):
     write_cifar(root / "cifar", fine=False), write_folder(root / "png", 3, size=(20, 20))
     x, y = pictures(60, 12, 12), np.arange(60) % 2  # more than zipfile reads at once, so that CRCs come last
     np.savez(root / "plain.npz", x=x, y=y), np.savez_compressed(root / "packed.npz", x=x, y=y)
-    table = write_table(root / "table.csv", [f"png/cat/00{i % 3}.png,{'ab'[i % 2]}" for i in range(12)])
+    table = write_table(root / "table.csv", [f"png/{'cat' if i < 3 else 'dog'}/00{i}.png,{'ab'[i % 2]}" for i in range(6)])
     return {"idx images": ("fashion-mnist", root / "idx", root / "idx" / IDX[0]),
             "idx labels": ("fashion-mnist", root / "idx", root / "idx" / IDX[3]),
             "idx gzipped": ("fashion-mnist", root / "gz", root / "gz" / f"{IDX[1]}.gz"),

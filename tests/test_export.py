@@ -167,6 +167,11 @@ def test_what_is_no_export_is_refused_unread(exports, pictures, tmp_path):
     assert "one network of mobile, shuffle" in refused(1, "predict", exports["onnx"], image, "--student", "shuffle")
     (tmp_path / "trap.onnx").write_bytes(pickle.dumps({}))
     assert "cannot be read as ONNX" in refused(1, "predict", tmp_path / "trap.onnx", image)
+    shutil.copytree(exports["hub-shuffle"], tmp_path / "hub")
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    (tmp_path / "hub" / "config.json").write_text(json.dumps({**config, "architecture": "payload:Net"}))
+    assert "names code, 'payload:Net'" in refused(1, "predict", tmp_path / "hub", image)
+    assert "payload:Net' could not be imported" in refused(1, "predict", tmp_path / "hub", image, "--trust-code")
     (tmp_path / "ensemble.json").write_text(json.dumps({"students": ["../run"]}))
     assert "of its own folder" in refused(1, "predict", tmp_path, image)
 

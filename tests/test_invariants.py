@@ -26,14 +26,17 @@ def distilled(world, tiny, new, *overrides):
 @pytest.mark.parametrize("objective", ["composed", "paper"])
 def test_losses_are_equal_bit_for_bit_wherever_the_teachers_sit(tiny, new_run, objective):
     """Invariant 1, with one and with two student ranks."""
-    kind = (f"objective.kind={objective}", *(["answer_rows=8"] if objective == "paper" else []))
+    kind = f"objective.kind={objective}", "answer_rows=16"
     alone = distilled(1, tiny, new_run("alone"), *kind)
     assert distilled(2, tiny, new_run("one-teacher-rank"), *kind, DEDICATED) == alone
     assert distilled(3, tiny, new_run("two-teacher-ranks"), *kind, DEDICATED, "placement.student_ranks=1",
                      "window=4", "ballot_every=3") == alone
     two = distilled(3, tiny, new_run("two-students"), *kind, DEDICATED, "placement.student_ranks=2")
     assert distilled(2, tiny, new_run("co-located"), *kind, CO_LOCATED) == two
-    assert distilled(4, tiny, new_run("replicated"), *kind, DEDICATED, "exchange=direct") == two
+    replicated = new_run("replicated")
+    assert distilled(4, tiny, replicated, *kind, DEDICATED, "exchange=direct", "placement.replicas={level0: 2}") == two
+    sources = json.loads((replicated[0] / "placement.json").read_text())["placement"]["sources"]
+    assert [source["rank"] for source in sources if "level0" in source["teachers"]] == [2, 3]
     if objective == "paper":  # whose specialists are asked about some of the rows only
         assert distilled(2, tiny, new_run("co-located-direct"), *kind, CO_LOCATED, "exchange=direct") == two
     assert two[0] != alone[0]  # other batch statistics: the comparison can tell runs apart

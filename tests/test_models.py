@@ -182,6 +182,23 @@ def test_a_safetensors_file_fills_all_but_a_head_of_another_shape(tmp_path):
             assert torch.equal(tensor, fresh[key] if "head" in key else same.state_dict()[key])
 
 
+def test_a_file_of_weights_brings_the_normalisation_that_stands_beside_it(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file(build(RESNET_S, 10, 1, (8, 8)).backbone.state_dict(), path)
+    model = Model(name="pkd_resnet_s", weights=str(path))
+    assert build(model, 10, 1, (8, 8)).normalisation == ((0.5,), (0.5,))
+    (tmp_path / "weights.json").write_text('{"mean": [0.1], "std": [0.3]}')
+    assert build(model, 10, 1, (8, 8)).normalisation == ((0.1,), (0.3,))
+    assert build(model.model_copy(update={"mean": (0.2,)}), 10, 1, (8, 8)).normalisation == ((0.2,), (0.3,))
+
+
+def test_a_vision_transformer_is_as_large_as_its_images():
+    network = build(Model(name="vit_b_16", input_size=64), 4, 3, (32, 32), empty=True)
+    assert network.backbone.image_size == 64 and network.backbone.encoder.pos_embedding.shape[1] == 17
+    with pytest.raises(UserError, match=r"images of 28 x 28 pixels .*: set input_size"):
+        build(Model(name="vit_b_16"), 4, 1, (28, 28), empty=True)
+
+
 def test_a_safetensors_file_that_does_not_fit_is_refused_by_its_first_wrong_key(tmp_path):
     path = tmp_path / "weights.safetensors"
     model = Model(name="pkd_resnet_s", weights=str(path))

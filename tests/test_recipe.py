@@ -164,7 +164,8 @@ def changed(override: str) -> Recipe:
 FREE = (
     "name=other", "data.path=/elsewhere", "data.workers=9", "data.cache_gib=0", "placement.kind=co-located",
     "placement.student_ranks=3", "placement.replicas={level0: 2}", "placement.accumulation=2",
-    "deepspeed.students=zero3", "deepspeed.teachers=zero0", "window=5", "answer_steps=2", "answer_rows=8", "ballot_every=10",
+    "deepspeed.students=zero3", "deepspeed.teachers=zero0", "window=5", "answer_steps=2", "answer_rows=64",
+    "ballot_every=10",
     "timeouts.start=1",
     "timeouts.step=1", "timeouts.group=1", "threads=4", "trace=true", "checkpoint_minutes=1", "compare_views=false",
     "teachers_from=runs/other", "data.download=true", "exchange=direct", "teacher_views=sent", "soft_targets=auto",

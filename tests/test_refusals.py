@@ -77,6 +77,18 @@ def test_damaged_images_are_found_before_training(tiny, tmp_path, damage):
     assert not (tmp_path / "run" / "teachers").exists()
 
 
+def test_a_specialist_without_validation_images_is_refused(tiny, tmp_path):
+    with np.load(tiny.parent / "digits.npz") as digits:
+        x, y = digits["x"], digits["y"]
+    chosen = np.isin(y[400:], (5, 6, 7, 8, 9))  # nobody of 0 to 4, whom level1-0 knows
+    np.savez(tmp_path / "digits.npz", x_train=x[:400], y_train=y[:400], x_validation=x[400:][chosen],
+             y_validation=y[400:][chosen], x_test=x[400:], y_test=y[400:])
+    sentence = refused(1, "teach", tiny, "--run-folder", tmp_path / "run", f"data.path={tmp_path / 'digits.npz'}",
+                       "pyramid.1.partition=contiguous")
+    assert "teacher level1-0 has no validation images" in sentence
+    assert not list((tmp_path / "run").glob("teachers/*"))
+
+
 def test_a_run_folder_of_another_identity_is_refused_and_left_alone(tiny, new_run):
     folder, teachers_from = new_run("run")
     run(1, "distill", tiny, "--run-folder", folder, teachers_from, "--steps", 3)

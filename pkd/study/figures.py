@@ -53,7 +53,8 @@ def _arm(own: dict[int, dict]) -> dict:
     teachers: dict[str, list[float]] = {}
     for result in results:
         for name, teacher in result["teachers"].items():
-            teachers.setdefault(name, []).append(teacher["accuracy"])
+            if teacher["accuracy"] is not None:
+                teachers.setdefault(name, []).append(teacher["accuracy"])
     first = results[0]
     return {"title": first["title"], "changes": first["changes"], "control": first["control"], "seeds": sorted(own),
             "networks": networks, "teacher_flops": mean_sd([result["teacher_flops"] for result in results])[0],

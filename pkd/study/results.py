@@ -61,6 +61,7 @@ def read_results(folder: Path, study: dict, fingerprint: str) -> list[dict]:
             mine, data = found["study_identity"], found["fingerprint"]
             named = path == result_path(folder, found["arm"], found["seed"])
             right(found, "ensemble")
+            [own[key] for own in found["networks"].values() for key in FIGURES]
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is no result of a study ({error}): delete it or restore it") from None
         if not named:

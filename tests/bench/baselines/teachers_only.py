@@ -18,7 +18,7 @@ def main() -> None:
                        Views(problem.data, problem.recipe.views, problem.recipe.seed), torch.device("cpu"),
                        problem.recipe.teachers.forward == "bf16", block=problem.recipe.answer_rows)
     router = Router(problem.pyramid, [wanted], problem.constants.own, block=problem.recipe.answer_rows)
-    at_once, labels = problem.recipe.answer_steps, problem.data.labels.numpy()
+    at_once, labels = problem.recipe.together, problem.data.labels.numpy()
     flats = [torch.zeros(router.largest(problem.schedule.batch), dtype=torch.float16) for _ in range(at_once)]
 
     def step(index: int) -> list[float]:
