@@ -176,7 +176,7 @@ def test_fetch_reads_what_a_recipe_names_and_says_where_it_is(tiny, taught, tmp_
     assert "IMAGENET1K_V1" in sentence and "where there is a network" in sentence
     wrong = "students.0.model={name: mobilenet_v2, input_size: 32, weights: IMAGENET1K_V9}"
     for command in (("fetch", tiny), ("teach", tiny, "--run-folder", tmp_path / "run"),
-                    ("launch", tiny, "--run-folder", tmp_path / "run", "--dry-run")):
+                    ("launch", tiny, "--run-folder", tmp_path / "run", "--on", "here", "--dry-run")):
         sentence = refused(1, *command, wrong)
         assert "IMAGENET1K_V9" in sentence and "did you mean 'IMAGENET1K_V2'" in sentence, sentence
     said = run(1, "fetch", tiny, f"students.0.model.weights={taught / 'teachers' / 'level0.safetensors'}",
