@@ -72,6 +72,7 @@ class Filling:
         if world.first("archive elsewhere", self._fits_elsewhere):
             return "finished"
         world.first("archive begins", self._prepare)
+        self.job.record()
         self._compare_views()
         hashes, missing = self._keep()
         self.made_on |= set(world.gather("kernels", kernels(self.job)) or []) if missing else set()

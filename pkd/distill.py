@@ -23,6 +23,7 @@ from pkd.validate import validate
 def distill(setup: Setup) -> str:
     """Run this rank's role to the end; "finished" or "stopped" (by a signal on any rank, and resumable)."""
     start = setup.resume_point()
+    setup.job.record()
     if setup.role == "teacher":
         return teach_along(setup, start["epoch"], start["step"])
     return Distillation(setup, start).run()

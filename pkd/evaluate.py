@@ -49,6 +49,7 @@ def evaluate(path: Path, console: Console, overrides: list[str], limit: int | No
     teachers = [pyramid.teachers[index] for index in asked(recipe.objective.kind, pyramid)]
     for teacher in teachers:  # before anything is read
         teacher_hash(run.teachers, recipe, teacher, data, complete=limit is None)
+    run.record(recipe)
     readings = _one_more_reading(path)
     test = data.splits["test"][:limit]
     networks = [network.to(device) for network, _ in students]

@@ -79,6 +79,12 @@ class Job:
             write_json(self.run.path / "ranks" / f"{self.name}.json", {"ranks": to_json(self.hardware)})
         self.world.devices = self.world.first("devices", lambda: list(devices(self.hardware)))
 
+    def record(self) -> None:
+        """All that could refuse this call has been checked: what the folder says of the recipe's free part is its own."""
+        if self.world.rank == 0:
+            self.run.check_locks()
+            self.run.record(self.recipe)
+
     def beat(self, phase: str, step: int | None = None, group: str | None = None) -> None:
         self.watchdog.beat(phase, self.watchdog.step if step is None else step, group)
 

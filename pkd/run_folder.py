@@ -41,10 +41,14 @@ class RunFolder:
             before, now = free.get(key, getattr(recipe, key)), getattr(recipe, key)
             if before != now:
                 remarks.append(f"{key} was {before} and is now {now}: not bit-identical from here")
-        asked = identity(recipe)
-        write_json(self.path / "run.json",
-                   {"identity": digest(asked), "recipe": asked, "free": part(recipe, free=True)})
+        if not free:
+            self.record(recipe)
         return remarks
+
+    def record(self, recipe: Recipe) -> None:
+        """Write down the recipe with its free part, such as data.path, once all that could refuse it has been checked."""
+        asked = identity(recipe)
+        write_json(self.path / "run.json", {"identity": digest(asked), "recipe": asked, "free": part(recipe, free=True)})
 
     def check(self, recipe: Recipe) -> dict:
         """The folder's record, {} in a new one. Raises UserError where it belongs to a recipe of another identity."""

@@ -54,6 +54,7 @@ def _teach(job: Job, teachers: list[Teacher], steps: int, name: str) -> str:
     for teacher in teachers:
         _samples(job, teacher)  # too few is known before anything is trained
     names = job.world.first(f"{name}: to do", lambda: [t.name for t in teachers if _done_steps(job, t) < steps])
+    job.record()
     outcome = "finished"
     for teacher, ranks in assign([t for t in teachers if t.name in names], _costs(job), job.world.devices,
                                  job.recipe.teachers.batch):

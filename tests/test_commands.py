@@ -42,13 +42,15 @@ def test_a_mistake_is_found_before_the_test_split_is_read(evaluated, taught, tmp
 
 
 def test_a_finished_run_keeps_its_figures_from_smoke_runs_and_from_other_data(evaluated, tmp_path):
-    before = (evaluated / "summary.json").read_bytes(), (evaluated / "test-readings.json").read_bytes()
+    def kept():
+        return [(evaluated / name).read_bytes() for name in ("summary.json", "test-readings.json", "run.json")]
+    before = kept()
     assert "summary.json is of all of them" in refused(1, "evaluate", evaluated, "--steps", 5)
     record = json.loads((evaluated / "run.json").read_text())
     with np.load(record["free"]["data"]["path"]) as digits:
         np.savez(tmp_path / "fewer.npz", x=digits["x"][:-1], y=digits["y"][:-1])
     assert "trained on other images" in refused(1, "evaluate", evaluated, f"data.path={tmp_path / 'fewer.npz'}")
-    assert before == ((evaluated / "summary.json").read_bytes(), (evaluated / "test-readings.json").read_bytes())
+    assert before == kept()
 
 
 def test_the_predictions_that_are_kept_make_the_figures_of_the_summary(evaluated):
