@@ -17,8 +17,9 @@ from rich.table import Table
 
 from pkd.console import Console
 from pkd.errors import UserError
-from pkd.files import read_lines
+from pkd.files import read_json, read_lines
 from pkd.launch import check_plan
+from pkd.metrics import enough
 from pkd.recipe_file import load_recipe
 from pkd.ways import command, environment
 
@@ -73,15 +74,24 @@ class Trial:
             raise UserError(f"the benchmark's own pkd {phase} failed: {said[0].removeprefix('pkd: ')}")
 
     def distill(self, steps: int, *changes: str) -> dict:
-        """The line of metrics.jsonl for the epoch of most steps, in a run that ends after so many."""
+        """The line of metrics.jsonl for the epoch of most steps, in a run that ends after so many, and its placement."""
         run = Path(tempfile.mkdtemp(prefix="run-", dir=self.folder))
         try:
             self.phase("distill", *changes, "--steps", str(steps), run=run)
             lines = read_lines(run / "metrics.jsonl")
             taken = np.diff([0, *(line["step"] for line in lines)])
-            return lines[int(taken.argmax())]
+            return {**lines[int(taken.argmax())], "placement": read_json(run / "placement.json")["placement"]}
         finally:
             shutil.rmtree(run)
+
+    def rate(self, steps: int, *changes: str) -> float:
+        """Images per second in the steady state. Raises UserError where no epoch is long enough to have one."""
+        line = self.distill(steps, *changes)
+        if line["steady_images_per_second"] is None:
+            raise UserError(f"{line['step']} steps are too few to be timed, since teachers answer ahead of the students and "
+                            f"several steps at once, and the longest epoch has no {steps}: make window and answer_steps "
+                            "smaller, or distill.batch")
+        return line["steady_images_per_second"]
 
 
 def bench(recipe: str, overrides: list[str], ranks: int, rounds: int, steps: int, console: Console) -> dict:
@@ -108,10 +118,12 @@ def bench(recipe: str, overrides: list[str], ranks: int, rounds: int, steps: int
             console.say("filling the archive")
             trial.phase("archive", run=taught)
             kinds["archive"] = ("soft_targets=archive",)
-        programs = [Program(name, lambda changes=changes: trial.distill(steps, *changes)["steady_images_per_second"])
+        ahead = known.window + known.together  # steps that teachers are ahead
+        asked = {name: enough(steps, ahead, known.together) if name == "online" else steps for name in kinds}
+        programs = [Program(name, lambda name=name, changes=changes: trial.rate(asked[name], *changes))
                     for name, changes in kinds.items()]
         rates = take_turns(programs, rounds, console.say)
-    table = Table(title=f"{known.name} on {ranks} rank(s), {rounds} rounds of {steps} steps")
+    table = Table(title=f"{known.name} on {ranks} rank(s), {rounds} rounds of {steps} steps ({asked['online']} online)")
     for column in ("program", "img/s: min", "median", "max", "of students alone: min", "median", "max"):
         table.add_column(column, justify="left" if column == "program" else "right")
     for name in rates:

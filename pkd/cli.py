@@ -85,8 +85,9 @@ def parser() -> argparse.ArgumentParser:
         if name == "bench":
             own.add_argument("--ranks-per-node", type=_positive, default=1, help="processes on this machine")
             own.add_argument("--rounds", type=_positive, default=9, help="how often each program runs")
-            own.add_argument("--steps", type=_positive, default=24, help="steps of a run; a first quarter warms up, and "
-                             "at the end some do not count, during which teachers may have nothing left to answer")
+            own.add_argument("--steps", type=_positive, default=24, help="steps of a run, the first quarter of which "
+                             "warms up; with teachers more, where none would be left before the last steps, in which they "
+                             "have nothing to answer")
         if name in ("launch", "study"):
             own.add_argument("--on", required=name == "launch", default="here", choices=tuple(WAYS), metavar="WAY",
                              help="; ".join(f"{way}: {text}" for way, text in WAYS.items()))

@@ -1,5 +1,6 @@
 """Running sums of an epoch, and the lines that they become in metrics.jsonl."""
 
+import itertools
 import json
 import resource
 import sys
@@ -58,13 +59,18 @@ def steady(first: int, last: int, ahead: int, at_once: int) -> range:
     """The steps of a stretch [first, last) whose time counts as that of the steady state.
 
     Not the first quarter, which warms up, nor the last `ahead` steps, during which teachers may have nothing left to answer;
-    and, because teachers answer `at_once` steps together, a whole number of such rounds. Of a shorter stretch all but the
-    first quarter counts.
+    and, because teachers answer `at_once` steps together, a whole number of such rounds. Empty where the stretch is too
+    short for one: a figure that leaves out a part of the teachers' work would flatter.
     """
     quarter = (last - first) // 4
     start = first + -(-quarter // at_once) * at_once
-    rounds = (last - ahead - start) // at_once
-    return range(start, start + rounds * at_once) if rounds > 0 else range(first + quarter, last)
+    rounds = max(0, (last - ahead - start) // at_once)
+    return range(start, start + rounds * at_once)
+
+
+def enough(steps: int, ahead: int, at_once: int) -> int:
+    """The fewest steps, but no fewer than `steps`, of which steady() counts any."""
+    return next(more for more in itertools.count(steps) if steady(0, more, ahead, at_once))
 
 
 def drop_lines_after(path: Path, step: int) -> None:

@@ -179,7 +179,7 @@ class Progress:
             "ensemble": {"accuracy": scores.ensemble_accuracy, "loss": scores.ensemble_loss},
             "learning_rate": dict(zip(self.names, self.rates.at(max(0, self.total_step - 1)))),
             "images_per_second": sums.steps * batch / max(sums.seconds, 1e-9), "seconds": sums.seconds,
-            "steady_images_per_second": sums.steady_steps * batch / max(sums.steady_seconds, 1e-9),
+            "steady_images_per_second": sums.steady_steps * batch / sums.steady_seconds if sums.steady_steps else None,
             "wait_seconds": sums.wait, "peak_memory_bytes": self.memory,
             "busy": self.busy,
         }

@@ -41,5 +41,12 @@ def test_a_run_is_judged_by_its_epoch_of_most_steps(tmp_path, monkeypatch):
 
     def phase(self, phase, *changes, run):
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run / "placement.json").write_text(json.dumps({"placement": {"world": 1}}))
     monkeypatch.setattr(Trial, "phase", phase)
-    assert Trial(tmp_path, [], 1).distill(15) == lines[1]
+    assert Trial(tmp_path, [], 1).distill(15) == {**lines[1], "placement": {"world": 1}}
+
+
+def test_a_speed_without_the_teachers_work_is_refused(tiny, taught, tmp_path):
+    """11 steps an epoch, of which teachers who answer four at once are eight ahead."""
+    assert "too few to be timed" in refused(1, "bench", tiny, f"teachers_from={taught}", "window=4", "answer_steps=4",
+                                            "--rounds", 1, "--steps", 8, env=lambda rank: {"TMPDIR": str(tmp_path)})

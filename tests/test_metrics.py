@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkd.metrics import steady
+from pkd.metrics import enough, steady
 
 
 def answered(first: int, last: int, window: int, at_once: int) -> dict[int, int]:
@@ -21,14 +21,15 @@ def answered(first: int, last: int, window: int, at_once: int) -> dict[int, int]
 
 @given(st.integers(0, 100), st.integers(1, 200), st.integers(1, 16), st.integers(1, 16))
 def test_teachers_answer_as_many_steps_as_are_timed(first, steps, window, at_once):
-    """Or a speed with teachers would leave out a part of their work."""
-    last = first + steps
+    """Or a speed with teachers would leave out a part of their work: then there is none."""
+    last, at_once = first + steps, min(window, at_once)
     timed = steady(first, last, window + at_once, at_once)
-    assert first + steps // 4 <= timed.start < timed.stop <= last
-    if at_once <= window and steps >= 4 * (window + 3 * at_once):
-        assert len(timed) >= steps // 4 - at_once
-        work = answered(first, last, window, at_once)
-        assert sum(work[step] for step in timed) == len(timed)
+    assert first + steps // 4 <= timed.start and timed.stop <= max(last, timed.start)
+    work = answered(first, last, window, at_once)
+    assert sum(work[step] for step in timed) == len(timed)
+    assert timed or steps < 4 * (window + 3 * at_once)
+    more = enough(steps, window + at_once, at_once)
+    assert steady(0, more, window + at_once, at_once) and (more == steps if timed else more > steps)
 
 
 @given(st.integers(0, 100), st.integers(1, 200))

@@ -4,9 +4,12 @@ python tests/bench/speed.py [--rounds 9] [--steps 16] [--folder PATH] [--only on
 """
 
 import argparse
+import hashlib
+import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,24 +25,32 @@ import torch
 import yaml
 
 from pkd.bench import Program, Trial, spread, take_turns
+from pkd.data import load_data
+from pkd.metrics import enough, steady
 from pkd.models import build
+from pkd.placement import Placement
 from pkd.recipe import Model
+from pkd.recipe_file import load_recipe
 from pkd.teacher import TeacherHost
 
 HEAD = """\
-Written by `launch/bench.sh` at commit {commit}: {cores} cores, {processor}, torch {torch}.
+Written by `launch/bench.sh --rounds {rounds} --steps {steps}` at commit {commit}: {cores} cores, {processor};
+{versions}.
 {rounds} rounds; in each, every program runs once: {steps} steps of 64 images (the published loop: half of them), the first
-quarter of which warms up; pkd beside teachers {ours}, of which those count that neither warm up nor have teachers that are
-done already. A ratio compares two runs of one round. ResNet-101 / 2 x ResNet-50 / 4 x ResNet-18 teachers, 2 x MobileNetV2
-and 2 x ShuffleNetV2 students, the paper's objective, 32 pixels, 100 classes, no augmentation: one view of an image, for
-which the archive is filled once; that was timed once, before the rounds. Two cores for each program: two threads in one
-process, or two ranks of one thread, co-located. Our kernels: students fp32 and channels last, teachers {kernels}.
-pkd's teachers answer {answer_steps} steps at once in blocks of {answer_rows} rows. "In groups": each rank trains two of the
+quarter of which warms up; pkd beside teachers {ours}, of which {timed} count that neither warm up nor have teachers that
+are done already, and for which teachers answer as many. A ratio compares two runs of one round. ResNet-101 / 2 x ResNet-50
+/ 4 x ResNet-18 teachers, 2 x MobileNetV2 and 2 x ShuffleNetV2 students, the paper's objective, 32 pixels, 100 classes, no
+augmentation: one view of an image, for which the archive is filled once; that was timed once, before the rounds, and a
+whole run is reckoned from it and from the speed of an epoch after the first. Two cores for each program: two threads in one
+process, or two ranks of one thread, co-located. Our kernels: students fp32 and channels last, teachers {kernels}. pkd's
+teachers answer {answer_steps} steps at once in blocks of {answer_rows} rows. "In groups": each rank trains two of the
 students (placement.student_groups=2), on whole batches, as the published loop does; else both train all four, on half of
 each.
 """
 ANSWERS = {"window": 8, "answer_steps": 8, "answer_rows": 128}
-MORE = ANSWERS["window"] + ANSWERS["answer_steps"]  # steps that teachers may be ahead
+AHEAD = ANSWERS["window"] + ANSWERS["answer_steps"]  # steps that teachers may be ahead
+EPOCHS = 4  # of the whole run that is compared with what was reckoned
+PACKAGES = ("torch", "torchvision", "deepspeed", "torchdistill")
 NO_WARM_UP = {"schedule": "constant", "warmup_steps": 0}
 
 
@@ -48,8 +59,8 @@ def recipes(folder: Path, forward: str) -> dict[str, Path]:
     one student. Noise serves as images: nobody's speed depends on them. forward: the teachers' arithmetic.
     """
     chance = np.random.default_rng(0)
-    np.savez(folder / "noise.npz", x_train=chance.integers(0, 256, (2200, 3, 32, 32), dtype=np.uint8),
-             y_train=np.arange(2200) % 100, x_test=chance.integers(0, 256, (100, 3, 32, 32), dtype=np.uint8),
+    np.savez(folder / "noise.npz", x_train=chance.integers(0, 256, (3600, 3, 32, 32), dtype=np.uint8),
+             y_train=np.arange(3600) % 100, x_test=chance.integers(0, 256, (100, 3, 32, 32), dtype=np.uint8),
              y_test=np.arange(100) % 100, classes=np.array([f"{c:02}" for c in range(100)]))
     base = {"data": {"name": "npz", "path": str(folder / "noise.npz")}, "views": {}, "compare_views": False,
             "teachers": {"steps": 10, "lr": 1e-4, "batch": 32, "forward": forward}, "distill": {"epochs": 1, "batch": 64},
@@ -97,16 +108,22 @@ class Bench:
     """The programs, by name, each with the teachers of its recipe."""
 
     def __init__(self, folder: Path, steps: int):
+        folder.mkdir(parents=True, exist_ok=True)
         self.seconds = seconds_of_forwards()
         self.forward = min(self.seconds, key=self.seconds.__getitem__)
         self.folder, self.steps, self.recipes = folder, steps, recipes(folder, self.forward)
+        self.ours = enough(2 * steps + AHEAD, AHEAD, ANSWERS["answer_steps"])
+        self.timed = steady(0, self.ours, AHEAD, ANSWERS["answer_steps"])
         self.commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True,
                                      text=True).stdout.strip()  # what is measured: let nobody edit it meanwhile
+        changed = subprocess.run(["git", "diff", "HEAD"], cwd=REPOSITORY, capture_output=True).stdout
+        asked = json.dumps([steps, self.forward, ANSWERS]).encode()
+        self.kept = folder / f"rates-{self.commit}-{hashlib.sha256(asked + changed).hexdigest()[:8]}.json"
         self.memory: dict[str, int] = {}
+        self.holds: dict[str, list[list[str]]] = {}  # program -> rank -> its teachers
         for name, recipe in self.recipes.items():
             if not self.taught(name).exists():
                 Trial(folder, [str(recipe)], 2).phase("teach", run=self.taught(name))
-        self.filled = self._fill()
 
     def taught(self, recipe: str) -> Path:
         """The run folder with the teachers of a recipe, which those of the same teachers share."""
@@ -118,10 +135,11 @@ class Bench:
         times = ", ".join(f"{1000 * seconds:.0f} ms {name[forward]}" for forward, seconds in self.seconds.items())
         return f"{name[self.forward]} (one of each on a block: {times})"
 
-    def _fill(self) -> float:
-        """Images per second while the archive of the paper's pyramid is filled by two ranks, without their start."""
-        Trial(self.folder, [str(self.recipes["paper"])], 2).phase("archive", run=self.folder / "paper")
+    def fill(self) -> float:
+        """Images per second while the archive of the paper's pyramid is filled anew by two ranks, without their start."""
         folder = self.folder / "paper" / "soft-targets"
+        shutil.rmtree(folder, ignore_errors=True)
+        Trial(self.folder, [str(self.recipes["paper"])], 2).phase("archive", run=self.folder / "paper")
         record = json.loads((folder / "archive.json").read_text())
         written = sorted(path.stat().st_mtime for path in folder.glob("*.safetensors"))
         # Two ranks: the first two shards are there after the start and one shard each.
@@ -129,9 +147,11 @@ class Bench:
 
     def pkd(self, recipe: str, ranks: int, *changes: str, threads: int = 2, name: str = "") -> float:
         alone = "objective.kind=alone" in changes or "soft_targets=archive" in changes
-        steps = self.steps + (0 if alone else MORE)
-        line = Trial(self.folder, self._words(recipe, ranks, threads), ranks).distill(steps, *changes)
-        self.memory[name] = int(max(line["peak_memory_bytes"].values()))
+        trial = Trial(self.folder, self._words(recipe, ranks, threads), ranks)
+        line = trial.distill(self.steps if alone else self.ours, *changes)
+        self._remember(name, int(max(line["peak_memory_bytes"].values())))
+        placement = Placement.from_json(line["placement"])
+        self.holds[name] = [placement.answers_for(rank) for rank in range(ranks)]
         return line["steady_images_per_second"]
 
     def _words(self, recipe: str, ranks: int, threads: int) -> list[str]:
@@ -139,8 +159,16 @@ class Bench:
 
     def baseline(self, script: str, recipe: str, kernels: str, ranks: int, threads: int, name: str = "") -> float:
         found = self.losses_and_rate(script, recipe, kernels, ranks, threads)
-        self.memory[name] = found["peak_memory_bytes"]
+        self._remember(name, found["peak_memory_bytes"])
         return found["images_per_second"]
+
+    def _remember(self, name: str, peak: int) -> None:
+        self.memory[name] = max(peak, self.memory.get(name, 0))
+
+    def teachers_not_held(self, name: str) -> int:
+        """Bytes of the weights that a program's ranks do not hold, of the one that holds the most."""
+        bytes_of = {path.stem: path.stat().st_size for path in self.taught("paper").glob("teachers/*.safetensors")}
+        return sum(bytes_of.values()) - max(sum(bytes_of[one] for one in held) for held in self.holds[name])
 
     def beside_teachers(self) -> float:
         """The students of `light` alone on one core while its teachers, without any exchange, run on the other."""
@@ -191,6 +219,15 @@ class Bench:
         return out
 
 
+    def whole_run(self) -> float:
+        """Seconds of a real run of EPOCHS epochs from the archive, from the start of its processes to their end."""
+        began = time.perf_counter()
+        trial = Trial(self.folder, self._words("paper", 2, 2), 2)
+        run = Path(tempfile.mkdtemp(prefix="whole-", dir=self.folder))
+        trial.phase("distill", "soft_targets=archive", f"distill.epochs={EPOCHS}", run=run)
+        return time.perf_counter() - began
+
+
 def programs(bench: Bench) -> dict[str, Program]:
     def pkd(name: str, recipe: str, ranks: int, *changes: str, threads: int = 2) -> Program:
         return Program(name, lambda: bench.pkd(recipe, ranks, *changes, threads=threads, name=name))
@@ -198,22 +235,23 @@ def programs(bench: Bench) -> dict[str, Program]:
     def other(name: str, script: str, recipe: str, kernels: str, ranks: int = 1, threads: int = 2) -> Program:
         return Program(name, lambda: bench.baseline(script, recipe, kernels, ranks, threads, name=name))
     both = "placement.kind=co-located"
+    # What one ratio compares lies side by side, as far as that is possible.
     all_of_them = [
-        other("published loop, eager", "published_loop", "paper", "eager"),
-        other("published loop, our kernels", "published_loop", "paper", "ours"),
-        other("naive data parallel, our kernels", "naive_ddp", "paper", "ours", 2),
         pkd("students alone", "paper", 2, both, "objective.kind=alone"),
-        pkd("pkd online", "paper", 2, both),
-        pkd("pkd online, students in groups", "paper", 2, both, "placement.student_groups=2"),
         pkd("pkd archive", "paper", 2, "soft_targets=archive"),
         pkd("pkd archive, students in groups", "paper", 2, "soft_targets=archive", "placement.student_groups=2"),
+        other("published loop, our kernels", "published_loop", "paper", "ours"),
+        other("published loop, eager", "published_loop", "paper", "eager"),
+        pkd("pkd online, students in groups", "paper", 2, both, "placement.student_groups=2"),
+        pkd("pkd online", "paper", 2, both),
+        other("naive data parallel, our kernels", "naive_ddp", "paper", "ours", 2),
         other("torchdistill, eager", "torchdistill_kd", "pair-eager", "eager"),
         pkd("pkd, one teacher, one student, eager", "pair-eager", 1),
         pkd("pkd, one teacher, one student, our kernels", "pair", 1),
-        pkd("one core: students alone", "light", 1, "objective.kind=alone", threads=1),
-        Program("one core: students alone, teachers on the other", bench.beside_teachers),
-        pkd("one core: students, the other: their teachers", "light", 2, "placement.kind=dedicated"),
         other("one core: teachers alone", "teachers_only", "light", "ours", threads=1),
+        Program("one core: students alone, teachers on the other", bench.beside_teachers),
+        pkd("one core: students alone", "light", 1, "objective.kind=alone", threads=1),
+        pkd("one core: students, the other: their teachers", "light", 2, "placement.kind=dedicated"),
     ]
     return {program.name: program for program in all_of_them}
 
@@ -246,21 +284,38 @@ def rows(rates: dict[str, list[float]], filled: float) -> list[tuple[str, str, l
     ]
 
 
-def page(bench: Bench, rates: dict[str, list[float]], equal: list[str], rounds: int) -> str:
+def reckoned(bench: Bench, rates: dict[str, list[float]], filled: float, whole: float) -> str:
+    steps = len(load_data(load_recipe(str(bench.recipes["paper"]), []).data).splits["train"]) // 64
+    alone = EPOCHS * steps * 64 / spread(rates["pkd archive"])[1]
+    return (f"A real run of {EPOCHS} epochs of {steps} steps from the archive took {whole:.0f} s from the start of its "
+            f"processes to their end, with validations and the archive's hashes; its steps are reckoned at {alone:.0f} s. "
+            f"The archive was filled at {filled:.0f} images/s by two ranks.")
+
+
+def memory(bench: Bench) -> list[str]:
+    naive = bench.memory["naive data parallel, our kernels"]
+    return [f"Memory (peak resident set): the largest rank of {name} is {(naive - bench.memory[name]) / 1e6:.0f} MB below "
+            f"naive data parallelism's; teachers that it does not hold weigh {bench.teachers_not_held(name) / 1e6:.0f} MB."
+            for name in ("pkd online", "pkd online, students in groups")]
+
+
+def page(bench: Bench, rates: dict[str, list[float]], equal: list[str], rounds: int, filled: float, whole: float) -> str:
     processor = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                       if line.startswith("model name")), platform.processor())
+    versions = ", ".join([f"Python {platform.python_version()}",
+                          *(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)])
     lines = [
         "# Speed", "",
-        HEAD.format(commit=bench.commit, cores=os.cpu_count(), processor=processor, torch=torch.__version__, rounds=rounds,
-                    steps=bench.steps, ours=bench.steps + MORE, kernels=bench.kernels, **ANSWERS),
+        HEAD.format(commit=bench.commit, cores=os.cpu_count(), processor=processor, versions=versions, rounds=rounds,
+                    steps=bench.steps, ours=bench.ours, timed=len(bench.timed), kernels=bench.kernels, **ANSWERS),
         "| figure | asked for, at least | min | median | max |", "|---|---|---|---|---|"]
-    for figure, target, values in rows(rates, bench.filled):
+    for figure, target, values in rows(rates, filled):
         lines.append(f"| {figure} | {target} | " + " | ".join(f"{value:.2f}" for value in spread(values)) + " |")
     lines += ["", "| program | images/s: min | median | max | largest rank's memory, MB |", "|---|---|---|---|---|"]
     for name, own in rates.items():
         memory = f"{bench.memory[name] / 1e6:.0f}" if name in bench.memory else ""
         lines.append(f"| {name} | " + " | ".join(f"{value:.1f}" for value in spread(own)) + f" | {memory} |")
-    lines += ["", f"The archive was filled at {bench.filled:.0f} images/s by two ranks. Equal mathematics:", *equal]
+    lines += ["", reckoned(bench, rates, filled, whole), "", *memory(bench), "", "Equal mathematics:", *equal]
     return "\n".join(lines) + "\n"
 
 
@@ -277,19 +332,20 @@ def main() -> None:
                   if not arguments.only or any(word in name for word in arguments.only)]
         if arguments.only:
             rates = take_turns(chosen, arguments.rounds, lambda text: print(text, flush=True))
-            print({name: spread(own) for name, own in rates.items()}, f"filled at {bench.filled:.0f}")
+            print({name: spread(own) for name, own in rates.items()})
             return
         equal = bench.check_equal_math()
         print("\n".join(equal), flush=True)
-        rates, kept = {program.name: [] for program in chosen}, bench.folder / f"rates-{bench.commit}.json"
-        if kept.exists():  # of an earlier start with the same --folder
-            rates, bench.memory = json.loads(kept.read_text())
+        if bench.kept.exists():  # of an earlier start with the same --folder
+            rates, bench.memory, bench.holds, filled, whole = json.loads(bench.kept.read_text())
+        else:
+            rates, filled, whole = {program.name: [] for program in chosen}, bench.fill(), bench.whole_run()
         for number in range(len(rates["pkd online"]), arguments.rounds):
             order = chosen if number % 2 == 0 else chosen[::-1]
             for name, own in take_turns(order, 1, lambda text: print(text, flush=True)).items():
                 rates[name] += own
-            kept.write_text(json.dumps([rates, bench.memory]))
-            (HERE / "RESULTS.md").write_text(page(bench, rates, equal, number + 1))
+            bench.kept.write_text(json.dumps([rates, bench.memory, bench.holds, filled, whole]))
+            (HERE / "RESULTS.md").write_text(page(bench, rates, equal, number + 1, filled, whole))
 
 
 if __name__ == "__main__":

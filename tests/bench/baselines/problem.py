@@ -65,14 +65,17 @@ class Problem:
         return [torch.optim.SGD(network.parameters(), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
                 for network, s in zip(self.students, self.recipe.students)]
 
-    def run(self, step: Callable[[int], list[float]]) -> tuple[float, list[list[float]]]:
-        """Images per second without the first quarter of the steps, and every step's losses, one a student."""
-        losses, warm = [], self.steps // 4
-        for index in range(self.steps):
+    def run(self, step: Callable[[int], list[float]], at_once: int = 1) -> tuple[float, list[list[float]]]:
+        """Images per second without the first quarter of the steps, and every step's losses, one a student; of steps that
+        work for `at_once` of them a whole number of rounds is timed.
+        """
+        losses, warm = [], -(-(self.steps // 4) // at_once) * at_once
+        last = warm + max(1, (self.steps - warm) // at_once) * at_once
+        for index in range(last):
             if index == warm:
                 began = time.perf_counter()
             losses.append(step(index))
-        return (self.steps - warm) * self.schedule.batch / (time.perf_counter() - began), losses
+        return (last - warm) * self.schedule.batch / (time.perf_counter() - began), losses
 
     @staticmethod
     def report(rate: float, losses: list[list[float]]) -> None:

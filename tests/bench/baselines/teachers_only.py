@@ -29,7 +29,7 @@ def main() -> None:
                      for more in range(at_once)]
             host.answer([Question(router.routes(labels[ids]), ids, flat) for ids, flat in zip(every, flats)], 0)
         return []
-    problem.report(*problem.run(step))
+    problem.report(*problem.run(step, at_once))
 
 
 if __name__ == "__main__":
