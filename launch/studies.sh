@@ -12,11 +12,15 @@ for recipe in "$@"; do
     more=(--arm paper-all="objective={kind: paper, routes: all}"
           --arm paper-batch="objective={kind: paper, denominator: batch}")
     if [[ $recipe == glyphs ]]; then
-        [[ -f data/glyphs.npz ]] || .venv/bin/python launch/render_glyphs.py
+        [[ -f data/glyphs.npz ]] || .venv/bin/python launch/render_glyphs.py || { status=$?; continue; }
         more+=(--arm contiguous="pyramid.1.partition=contiguous pyramid.2.partition=contiguous"
                --arm confusion="pyramid.1.partition=confusion pyramid.2.partition=confusion")
     fi
-    study=(.venv/bin/pkd study "$recipe" --study-folder "launch/studies/$recipe" "${more[@]}")
+    place=launch/studies/$recipe
+    mkdir -p "$place"
+    # The recipe as it was when its study began, for later results to be of the same one.
+    [[ -f $place/recipe.yaml ]] || cp "launch/recipes/$recipe.yaml" "$place"/recipe.yaml
+    study=(.venv/bin/pkd study "$place/recipe.yaml" --study-folder "$place" "${more[@]}")
     # What one arm or seed lacks in the end is said, and keeps the others from nothing.
     printf '%s\n' ${SEEDS:-0 1 2 3 4} | OMP_NUM_THREADS=1 xargs -P "$(nproc)" -I% "${study[@]}" --seeds "%," || status=$?
     "${study[@]}" --seeds "$(printf '%s,' ${SEEDS:-0 1 2 3 4})" || status=$?

@@ -115,7 +115,8 @@ class Filling:
         need, room = sum(sizes), USABLE * min(memory_per_rank(job.hardware))
         if need > room:
             raise UserError(f"every rank answers for all {len(sizes)} teachers, whose weights need {need / 2**30:.2f} GiB, "
-                            f"but a rank has {room / 2**30:.2f}: start fewer ranks a node, or take larger devices")
+                            f"but a rank has {room / 2**30:.2f}: start fewer ranks a node, take larger devices, or distill "
+                            "online, where a teacher may lie in shards")
         if (self.folder / RECORD).exists() and read_json(self.folder / RECORD).get("made_of") != self.made_of:
             job.console.say(f"the archive in {self.folder} is of other teachers, data or views, and is made anew")
             shutil.rmtree(self.folder)

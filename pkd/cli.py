@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
             own.add_argument("--student", metavar="NAME", help="this one instead of the ensemble")
         if name == "export":
             own.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder")
+            own.add_argument("--study", type=Path, metavar="DIR", help="hub: a study's folder, whose arms the card states")
             own.add_argument("--format", choices=tuple(FORMATS), default="safetensors", metavar="FORMAT",
                              help="; ".join(f"{form}: {text}" for form, text in FORMATS.items()))
         if name == "report":
@@ -103,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
             own.add_argument("--arm", action="append", default=[], metavar='NAME="key=value ..."',
                              help="an arm of your own: the recipe with these changes")
             own.add_argument("--study-folder", type=Path, help="default: studies/<name of the recipe>")
+            own.add_argument("--table", action="store_true", help="start nothing, show what the results so far say")
         if name == "launch":
             own.add_argument("--phases", help="some of teach,archive,distill,evaluate, with commas (default: all, archive "
                              "only where the recipe's soft_targets is archive)")
@@ -191,7 +193,7 @@ def single(arguments: argparse.Namespace, console: Console) -> None:
     elif arguments.command == "export":
         from pkd.export import export
 
-        export(arguments.run, arguments.to, arguments.student, arguments.format, console)
+        export(arguments.run, arguments.to, arguments.student, arguments.format, console, arguments.study)
     else:
         from pkd.predict import predict
 

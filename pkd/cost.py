@@ -53,7 +53,7 @@ def network_cost(model: Model, classes: int, channels: int, size: tuple[int, int
     bare = model.model_copy(update={"weights": None})
     device = "cpu" if ":" in model.name else "meta"  # a network of the user's own may not work on meta
     with torch.random.fork_rng(devices=[]):
-        network = build(bare, classes, channels, size).eval().to(device)
+        network = build(bare, classes, channels, size, empty=device == "meta").eval().to(device)
     layers: list[Layer] = []
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         def begin(module, inputs):

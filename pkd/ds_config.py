@@ -14,12 +14,22 @@ from pkd.shipped import is_file, shipped_file, shipped_names
 OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler")
 
 
-def load_ds_config(name: str) -> dict:
-    """The JSON object of ds_configs/<name>.json or of the file `name`. Raises UserError."""
+# What `auto` stands for. On a CPU a step under ZeRO 1 takes 1.2 to 1.4 times as long (tests/bench/RESULTS-kernels-cpu.md);
+# on GPUs optimizer states are what soon does not fit.
+AUTO = {"cpu": "zero0", "cuda": "zero1"}
+
+
+def load_ds_config(name: str, kind: str | None = None) -> dict:
+    """The JSON object of ds_configs/<name>.json or of the file `name`; kind: of device, by default this machine's.
+
+    Raises UserError.
+    """
+    if name == "auto":
+        name = AUTO[kind or _kind()]
     path = Path(name) if Path(name).suffix == ".json" else shipped_file("ds_configs", name + ".json")
     if path is None or not is_file(path):
         raise UserError(f"DeepSpeed configuration {name} was asked for, but there is no such file in ds_configs/"
-                        f"{nearest(name, shipped_names('ds_configs'))}: there are "
+                        f"{nearest(name, shipped_names('ds_configs'))}: there are auto, "
                         f"{', '.join(shipped_names('ds_configs'))}, or give a path ending in .json")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -29,6 +39,12 @@ def load_ds_config(name: str) -> dict:
         raise UserError(f"DeepSpeed configuration {name} must be a JSON object with an object zero_optimization")
     _check(config, name)
     return config
+
+
+def _kind() -> str:
+    import torch  # here, because recipes are checked before it is loaded
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def import_deepspeed():

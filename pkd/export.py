@@ -14,12 +14,15 @@ LIST = "ensemble"  # <LIST>.json names the students of an export
 PREDICTION = "argmax of the mean of the logits"
 
 
-def export(path: Path, target: Path, student: str | None, form: str, console: Console) -> None:
+def export(path: Path, target: Path, student: str | None, form: str, console: Console, study: Path | None = None) -> None:
     """Write one student or all of them (the ensemble) to `target`, which must be new or empty; all of it or nothing.
 
     form: "safetensors" (a safetensors file and a JSON each: architecture, class names, normalisation, input size;
-    ensemble.json lists them), "onnx" or "hub". Raises UserError.
+    ensemble.json lists them), "onnx" or "hub". study: a folder of `pkd study` whose arms a hub's card is to state. Raises
+    UserError.
     """
+    if study is not None and form != "hub":
+        raise UserError(f"--study {study} is for the model card of --format hub, but the format is {form}: leave it out")
     run = RunFolder(path)
     students = finished_students(run, smoke=True)
     if said := cut_short(path):
@@ -35,7 +38,7 @@ def export(path: Path, target: Path, student: str | None, form: str, console: Co
         elif form == "hub":
             from pkd.export_hub import export_hub
 
-            export_hub(run, students, folder)
+            export_hub(run, students, folder, study)
         else:
             _export_files(run, names, folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

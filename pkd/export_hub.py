@@ -18,8 +18,15 @@ from pkd.weights_file import Weights, write_weights
 CONFIG, WEIGHTS = "config", "model"  # stems of the files
 
 
-def export_hub(run: RunFolder, students: list[tuple[Network, dict]], folder: Path) -> None:
-    """Write the folder. Raises UserError for a run that was not evaluated, for the model card states its figures."""
+def export_hub(run: RunFolder, students: list[tuple[Network, dict]], folder: Path, study: Path | None = None) -> None:
+    """Write the folder. Raises UserError for a run that was not evaluated, for the model card states its figures, and for
+    what is no study.
+    """
+    arms = None
+    if study is not None:
+        if not (study / "study.json").exists():
+            raise UserError(f"--study {study} has no study.json: give the folder of a study, or run pkd study first")
+        arms = read_json(study / "study.json")
     if not (run.path / "summary.json").exists():
         raise UserError(f"run {run.path} has no summary.json, whose figures the model card states: run pkd evaluate first")
     summary = read_json(run.path / "summary.json")
@@ -33,7 +40,7 @@ def export_hub(run: RunFolder, students: list[tuple[Network, dict]], folder: Pat
     if not alone:
         write_json(folder / f"{CONFIG}.json", {"students": names, "prediction": PREDICTION,
                                                **_labels(students[0][1]["classes"])})
-    card = model_card(recipe_of(run, []), summary, [facts for _, facts in students])
+    card = model_card(recipe_of(run, []), summary, [facts for _, facts in students], arms)
     write_bytes(folder / "README.md", card.encode())
 
 

@@ -31,7 +31,7 @@ def launch(arguments: argparse.Namespace, console: Console) -> int:
     ranks = world_of(way, arguments.nodes, arguments.ranks_per_node)
     order = Order(recipe, words, run, way, ranks, phases, _teacher(arguments.teacher))
     if "distill" in phases and not is_done(order, "distill"):
-        check_plan(recipe, ranks)
+        check_plan(recipe, ranks, here=not way.startswith("srun"))
     return run_phases(order, console, arguments.dry_run)
 
 
@@ -68,7 +68,7 @@ def _submit(arguments: argparse.Namespace, recipe: Recipe, words: list[str], run
                         "--phases teach, or leave --teacher out")
     students = "distill" in phases and not is_done(order, "distill")
     if students:
-        check_plan(recipe, world)
+        check_plan(recipe, world, here=False)
     wanted = [name for name in names if name in (arguments.teacher or names) and "teach" in phases
               and not is_done(Order(recipe, words, run, "slurm", world, phases, name), "teach")]
     top_ranks = min(world, max(1, recipe.teachers.batch // SAMPLES_PER_RANK))
@@ -124,9 +124,8 @@ def _check_models(recipe: Recipe) -> None:
         check_model(model)
 
 
-def check_plan(recipe: Recipe, ranks: int) -> None:
-    """Refuse here what every rank would refuse, before any of them is started."""
+def check_plan(recipe: Recipe, ranks: int, here: bool = True) -> None:
+    """Refuse here what every rank would refuse, before any of them is started. here: they run on this machine."""
     from pkd.plan import plan
 
-    quick = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_gib": 0.0})})
-    plan(quick, ranks, Console(quiet=True))
+    plan(recipe, ranks, Console(quiet=True), here=here)

@@ -3,6 +3,7 @@
 import yaml
 
 from pkd.objective import constants
+from pkd.predictions import ENSEMBLE
 from pkd.recipe import Recipe
 
 FACTS, WEIGHTS, IMAGE = "exported/mobile.json", "exported/mobile.safetensors", "flower.jpg"  # as the snippet names them
@@ -29,8 +30,8 @@ print(facts["classes"][probabilities.argmax()], probabilities.max().item())
 LISTED = 100  # classes; config.json has them all
 
 
-def model_card(recipe: Recipe, summary: dict, students: list[dict]) -> str:
-    """students: their JSON files' contents, one or all of the run; summary: of summary.json."""
+def model_card(recipe: Recipe, summary: dict, students: list[dict], study: dict | None = None) -> str:
+    """students: their JSON files' contents, one or all of the run; summary: of summary.json; study: of study.json."""
     alone = len(students) == 1
     name = students[0]["name"] if alone else "ensemble"
     figures = summary["students"][name] if alone else summary["ensemble"]
@@ -58,6 +59,7 @@ def model_card(recipe: Recipe, summary: dict, students: list[dict]) -> str:
         "## Data", "", *_data(recipe, students[0]), "",
         "## Training", "", *_training(recipe, summary), "",
         "## Figures", "", *_figures(summary), "",
+        *(["## Compared with", "", *_study(study), ""] if study else []),
         "## How to load it", "", *_loading(students),
     ]
     return "\n".join(parts) + "\n"
@@ -96,6 +98,26 @@ def _figures(summary: dict) -> list[str]:
             "|---|---|---|---|---|---|",
             *(f"| {name} | {100 * own['accuracy']:.1f} | {own['loss']:.4f} | {own['calibration_error']:.4f} | "
               f"{100 * own['validation_accuracy']:.1f} | {own['parameters']:,} |" for name, own in rows)]
+
+
+def _study(study: dict) -> list[str]:
+    """The arms, and what decides between them."""
+    def spread(figure: list) -> str:
+        mean, sd = figure
+        return f"{100 * mean:.1f}" + (f" ± {100 * sd:.1f}" if sd is not None else "")
+    lines = [f"Arms of the study {study['recipe']}, equal students and training in all: accuracy in % of the ensemble on "
+             f"{study['test_images']} test images, mean ± standard deviation over seeds; teachers' cost is the arithmetic "
+             "of their training, the pyramid's being 1.", "",
+             "| arm | what it is | seeds | teachers' cost | accuracy % |", "|---|---|---|---|---|"]
+    lines += [f"| {name} | {own['title']} | {', '.join(map(str, own['seeds']))} | "
+              f"{own['teacher_flops'] / study['pyramid_flops']:.2f} | {spread(own['networks'][ENSEMBLE]['accuracy'])} |"
+              for name, own in study["arms"].items()]
+    for one in study["differences"]:
+        if one["decides"]:
+            low, high = one["interval"]
+            lines += ["", f"{one['arm']} against {one['against']}, the best control (both chosen by validation): "
+                      f"{100 * one['difference']:+.2f} points, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}."]
+    return lines
 
 
 def _loading(students: list[dict]) -> list[str]:

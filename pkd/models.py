@@ -99,7 +99,7 @@ def build(model: Model, classes: int, channels: int, size: tuple[int, int], empt
     """The network of `model` for uint8 views [n, channels, *size], `size` being (height, width) in pixels.
 
     Random weights are drawn from torch's global generator; `empty`: there are none, parameters are on the meta device
-    and take no memory, buffers are real, and no forward is tried. Every batch norm is a pkd.norm.BatchNorm. Raises
+    and take no memory, and buffers are real. Every batch norm is a pkd.norm.BatchNorm. Raises
     UserError for what check_model finds, a class that cannot be built, a number of channels, mean or std that does not
     fit, images too small for the network, and weights that cannot be fetched or do not fit.
     """
@@ -120,9 +120,10 @@ def build(model: Model, classes: int, channels: int, size: tuple[int, int], empt
                         f"{', '.join(SMALL_MODELS)}, or images of 1 or {wanted} channels")
     mean, std = (_per_channel(model, key, wanted) for key in ("mean", "std"))
     network = Network(convert(backbone), wanted, input_size, mean, std)
+    if not empty or ":" not in name:  # a user's code needs its weights to be tried
+        _try(network, model, classes, channels, size)
     if empty:
         return network
-    _try(network, model, classes, channels, size)
     if model.weights is not None:
         _load(network.backbone, read_weights(model), model, classes)
     return network

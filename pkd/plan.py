@@ -9,8 +9,9 @@ from rich.table import Table
 from pkd.console import Console
 from pkd.data import DataSet, load_data
 from pkd.devices import device_like, device_named
+from pkd.ds_config import AUTO
 from pkd.figures import Keys, cached, surroundings
-from pkd.hardware import cores_per_node, hardware
+from pkd.hardware import Hardware, cores_per_node, hardware, known_ranks
 from pkd.placement import Placement, place, without_teachers
 from pkd.planner import next_rank
 from pkd.pyramid import Pyramid, build_pyramid
@@ -25,17 +26,21 @@ from pkd.views import Views
 from pkd.workload import Workload
 
 
-def plan(recipe: Recipe, world: int, console: Console, device: str | None = None) -> dict:
+def plan(recipe: Recipe, world: int, console: Console, device: str | None = None, here: bool = True) -> dict:
     """Print and return the placement of a recipe on `world` ranks, with the work and the bytes of each.
 
-    device: every rank's, by its name in the table of devices, one node each; None: this machine's, all ranks on it.
+    device: every rank's, by its name in the table of devices, one node each; None: this machine's. here: all ranks are on
+    this machine and share its memory; else they are on others of its kind, whose memory is not known.
     """
-    data = load_data(recipe.data)
+    data = load_data(recipe.data.model_copy(update={"cache_gib": 0.0}))  # hardly an image is looked at
     # Who is confused with whom is not known yet, but how many groups there are, and about how large.
     levels = tuple(level.model_copy(update={"partition": "contiguous"}) if level.partition == "confusion" else level
                    for level in recipe.pyramid)
     pyramid = build_pyramid(levels, data.classes, recipe.seed)
-    work, known = _workload(recipe, pyramid, data, world, device)
+    if device and recipe.deepspeed.students == "auto":
+        kind = AUTO["cpu" if device.lower() == "cpu" else "cuda"]
+        recipe = recipe.model_copy(update={"deepspeed": recipe.deepspeed.model_copy(update={"students": kind})})
+    work, known = _workload(recipe, pyramid, data, world, device, here)
     wish = recipe
     if recipe.soft_targets == "archive":
         wish, work = without_teachers(recipe, work)
@@ -59,21 +64,30 @@ def plan(recipe: Recipe, world: int, console: Console, device: str | None = None
     return found
 
 
-def _workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, world: int, name: str | None) -> tuple[Workload, Ranks]:
-    here = hardware(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
-    device = device_named(name) if name else device_like(here.device)
+def _workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, world: int, name: str | None,
+              here: bool) -> tuple[Workload, Ranks]:
+    ranks = _ranks_of_this_machine(world)
+    device = device_named(name) if name else device_like(ranks[0].device)
     view = _seconds_a_view(Views(data, recipe.views, recipe.seed), data)
-    timings = estimated(recipe, pyramid, data, device, view, f"estimated for {name or here.device}")
+    timings = estimated(recipe, pyramid, data, device, view, f"estimated for {name or ranks[0].device}")
     if name:
         known = Ranks((int(device.memory),) * world) if device.memory else Ranks()
     else:
-        known = Ranks(cores=cores_per_node([here]), threads=recipe.threads)
-        busy = torch.cuda.device_count() or max(1, int(known.cores[0]) // recipe.threads)
-        keys = Keys(recipe, pyramid, data, surroundings([here.device], min(world, busy), min(world, busy)), world)
+        cores = cores_per_node(ranks[:1])
+        known = known_ranks(ranks, recipe.threads) if here else Ranks(cores=cores, threads=recipe.threads)
+        busy = torch.cuda.device_count() or max(1, int(cores[0]) // recipe.threads)
+        keys = Keys(recipe, pyramid, data, surroundings([ranks[0].device], min(world, busy), min(world, busy)), world)
         figures = cached(keys.all())
         if all(digest(key) in figures for key in keys.all()):
             timings = keys.timings(figures, timings)
     return workload(recipe, pyramid, data, timings, device.runtime), known
+
+
+def _ranks_of_this_machine(world: int) -> list[Hardware]:
+    """GPUs in turn, as launchers give them; ranks beyond the last one share them."""
+    count = torch.cuda.device_count()
+    found = [hardware(torch.device("cuda", index)) for index in range(min(count, world))] or [hardware(torch.device("cpu"))]
+    return [found[rank % len(found)] for rank in range(world)]
 
 
 def _seconds_a_view(views: Views, data: DataSet) -> float:

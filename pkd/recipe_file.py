@@ -54,7 +54,7 @@ def parse_recipe(tree: dict, name: str = "the recipe") -> Recipe:
 
 def identity(recipe: Recipe) -> dict:
     """The part of the recipe that decides the result, dtypes of the DeepSpeed configurations included."""
-    dtypes = {role: arithmetic(load_ds_config(getattr(recipe.deepspeed, role))) for role in ("students", "teachers")}
+    dtypes = {role: arithmetic(load_ds_config(getattr(recipe.deepspeed, role), "cpu")) for role in ("students", "teachers")}
     return {**part(recipe, free=False), "dtypes": dtypes}
 
 

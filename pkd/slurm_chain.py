@@ -14,12 +14,13 @@ from pkd.slurm_job import ask
 
 @dataclass(frozen=True)
 class Submission:
-    """One sbatch call; after: names of the submissions that must end well before it starts."""
+    """One sbatch call; after: names of the submissions that must end before it starts, and well unless `anyhow`."""
 
     name: str
     options: tuple[str, ...]
     words: tuple[str, ...]  # for the script
     after: tuple[str, ...] = ()
+    anyhow: bool = False
 
 
 def chain(words: list[str], run: Path, top: str | None, specialists: list[str], together: list[str], evaluate: bool,
@@ -48,17 +49,19 @@ def chain(words: list[str], run: Path, top: str | None, specialists: list[str], 
 
 
 def study(words: list[str], seeds: int, nodes: int, per_node: int) -> list[Submission]:
-    """The jobs of a study: an array, each element of which runs all arms of one seed, then one that prints the table; pure.
+    """The jobs of a study: an array, each element of which runs all arms of one seed, then one that prints the table of what
+    came to its end; pure.
 
     words: of the command, with all seeds; an element takes the one of its index.
     """
     return [Submission("study", (*_size(nodes, per_node), f"--array=0-{seeds - 1}"), tuple(words)),
-            Submission("table", _size(1, 1), tuple(words), ("study",))]
+            Submission("table", _size(1, 1), (*words, "--table"), ("study",), anyhow=True)]
 
 
 def sbatch(job: Submission, script: Path, extra: list[str], ids: Mapping[str, str]) -> list[str]:
     """argv of a submission, `ids` being the job ids of those before it; pure."""
-    after = [f"--dependency=afterok:{':'.join(ids[name] for name in job.after)}", "--kill-on-invalid-dep=yes"]
+    after = [f"--dependency={'afterany' if job.anyhow else 'afterok'}:{':'.join(ids[name] for name in job.after)}",
+             "--kill-on-invalid-dep=yes"]
     return ["sbatch", "--parsable", f"--job-name=pkd-{job.name}", *job.options, *extra, *(after if job.after else []),
             str(script), *job.words]
 

@@ -68,9 +68,9 @@ def workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, timings: Timings, 
     links = timings.links
     if timings.sync:
         links = _ring(links, *timings.sync, parameters * element)
-    return Workload(teachers, students, batch, groups, timings.view, timings.step, recipe.window, stage(config), element,
-                    4 * block * largest, data.channels * data.size[0] * data.size[1], links, runtime, timings.source,
-                    recipe.teacher_views == "sent", recipe.exchange, block)
+    return Workload(teachers, students, batch, groups, timings.view, timings.step, recipe.window, recipe.together,
+                    stage(config), element, 4 * block * largest, data.channels * data.size[0] * data.size[1], links,
+                    runtime, timings.source, recipe.teacher_views == "sent", recipe.exchange, block)
 
 
 def _ring(links: Links, ranks: int, seconds: float, size: float) -> Links:

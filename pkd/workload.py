@@ -61,6 +61,7 @@ class Workload:
     view: float = 0.0  # seconds to read, decode and augment one image
     step: float = 0.0  # seconds of every rank's bookkeeping in a step: routes, votes
     window: int = 2
+    together: int = 1  # steps that teachers answer at once
     stage: int = 1  # of ZeRO
     element: int = 4  # bytes of a weight in forward and backward
     teacher_memory: float = 0.0  # bytes of the largest teacher's forward of one block
@@ -118,7 +119,7 @@ class Workload:
     @property
     def slots(self) -> float:
         """Bytes of the window's buffers, large enough for every teacher's answers."""
-        return (self.window + 1) * sum(2 * self.batch * teacher.width for teacher in self.teachers.values())
+        return (self.window + self.together) * sum(2 * self.batch * teacher.width for teacher in self.teachers.values())
 
 
 def student_bytes(parameters: int, element: int, stage: int, ranks: int, states: int) -> float:

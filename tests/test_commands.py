@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -171,6 +172,15 @@ def test_plan_prints_what_would_run_and_starts_nothing(tiny, tmp_path):
     assert "level2-2" in run(1, "plan", tiny, "--world", 2)[0].out
     assert "you asked for 9" in refused(1, "plan", tiny, "--world", 9, "placement.kind=co-located")
     assert "at least 2 ranks" in refused(1, "plan", tiny, "placement.kind=dedicated")
+
+
+def test_plan_counts_this_machines_memory_and_builds_no_teacher_to_do_so(tiny):
+    """Its own memory would end the process; the other device's is not this machine's."""
+    width = round((2 * psutil.virtual_memory().total / 2.8e6) ** 0.5)  # weights of 2.8 MB at width 1
+    huge = f"pyramid.0.model={{name: pkd_resnet_l, width: {width}}}"
+    assert "does not fit" in refused(1, "plan", tiny, "--world", 2, huge)
+    found = json.loads(run(1, "plan", tiny, "--world", 64, "--device", "h200", "--json", huge)[0].out)
+    assert max(rank["bytes"] for rank in found["ranks"]) > 1.9 * psutil.virtual_memory().total
 
 
 def test_the_environment_of_srun_is_enough_to_start(tiny, new_run, finished):

@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from made_up import figures_of, made_up
 from PIL import Image
 from ranks import REPOSITORY, refused, run
 from torch import nn
@@ -20,7 +21,7 @@ from pkd.classifier import open_classifier
 from pkd.console import Console
 from pkd.errors import UserError
 from pkd.export_onnx import export_onnx, need
-from pkd.files import new_folder
+from pkd.files import new_folder, write_json
 from pkd.model_card import IMAGE, SNIPPET
 from pkd.models import build
 from pkd.recipe import Model
@@ -96,6 +97,18 @@ def test_an_onnx_file_takes_uint8_batches_of_any_size_and_tells_its_classes_and_
     assert said["classes"] == [str(digit) for digit in range(10)] and list(said["students"]) == ["mobile", "shuffle"]
     assert said["students"]["mobile"]["mean"] == [0.5] and said["preprocessing"].startswith("inside the graph: uint8")
     assert str(REPOSITORY).encode() not in (exports["onnx"] / "ensemble.onnx").read_bytes()
+
+
+def test_a_card_states_the_arms_of_a_study_where_there_is_one(evaluated, tmp_path):
+    found = figures_of([made_up(arm, seed, accuracy, accuracy, control) for seed in (0, 1) for arm, accuracy, control in (
+        ("top", 0.8, True), ("composed", 0.9, False))], ["top", "composed"])
+    write_json(tmp_path / "study" / "study.json", found)
+    run(1, "export", evaluated, "--to", tmp_path / "hub", "--format", "hub", "--study", tmp_path / "study")
+    text = huggingface_hub.ModelCard.load(tmp_path / "hub" / "README.md").text
+    assert "| composed | composed | 0, 1 | 0.50 | " in text and "composed against top, the best control" in text
+    assert "no study.json" in refused(1, "export", evaluated, "--to", tmp_path / "b", "--format", "hub", "--study", tmp_path)
+    assert "is for the model card" in refused(1, "export", evaluated, "--to", tmp_path / "b", "--study", tmp_path)
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_hub_folder_has_a_card_that_states_data_objective_figures_and_seeds(exports):

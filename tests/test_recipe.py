@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 import yaml
 from workloads import work_of
 
@@ -256,6 +257,14 @@ def test_compiling_is_refused_where_there_is_no_compiler(monkeypatch):
 
 def test_a_deepspeed_configuration_that_is_not_there_names_the_nearest():
     assert "did you mean 'zero1'" in refusal(lambda: load_ds_config("zerro1"))
+
+
+def test_auto_is_what_the_device_is_fastest_with_and_no_identity_depends_on_it():
+    assert load_ds_config("auto", "cpu") == load_ds_config("zero0")
+    assert load_ds_config("auto", "cuda") == load_ds_config("zero1")
+    assert load_ds_config("auto") == load_ds_config("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    asked = [identity(changed(f"deepspeed={{students: {name}, teachers: {name}}}")) for name in ("auto", "zero0", "zero1")]
+    assert asked[0] == asked[1] == asked[2]
 
 
 def test_an_identity_is_plain_json():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_up import figures_of, made_up
 from ranks import Ranks, refused, run, teachers, wait_for_step
 
 from pkd.cli import parse
@@ -16,28 +17,8 @@ from pkd.console import Console
 from pkd.errors import UserError
 from pkd.lock import Lock
 from pkd.study.command import Study, seeds
-from pkd.study.figures import aggregate
 from pkd.study.results import packed, right
 from pkd.study.table import arms_table, differences_table, remarks
-
-IMAGES = 400
-
-
-def made_up(arm: str, seed: int, accuracy: float, validation: float, control: bool = False, cost: float = 1.0,
-            loss: float = 0.5) -> dict:
-    """A result as `pkd study` writes it, of one student."""
-    correct = np.random.default_rng(seed).random(IMAGES) < accuracy
-    figures = {"accuracy": correct.mean(), "loss": 0.5, "calibration_error": 0.1, "validation_accuracy": validation,
-               "parameters": 7}
-    figures["validation_loss"] = loss
-    return {"arm": arm, "title": arm, "control": control, "changes": [], "seed": seed, "test_readings": 1,
-            "test_images": IMAGES, "world_size": 1, "networks": {"mobile": figures, "ensemble": figures},
-            "correct": {"mobile": packed(correct), "ensemble": packed(correct)}, "student_flops": 5.0,
-            "teachers": {"level0": {"accuracy": accuracy}} if cost else {}, "teacher_flops": cost}
-
-
-def figures_of(results: list[dict], arms: list[str], wanted: tuple[int, ...] = (0, 1)) -> dict:
-    return json.loads(json.dumps(aggregate("made-up", results, arms, list(wanted), 2.0, 10), allow_nan=False))
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=70))
@@ -201,6 +182,28 @@ def test_what_has_its_result_is_not_run_again_though_its_runs_are_gone(studied, 
     assert {path.name for path in tmp_path.iterdir()} == {"results", "study.json"}, "nothing was started"
 
 
+def test_results_outlive_keys_that_recipes_get_later(studied, tiny, tmp_path):
+    shutil.copytree(studied[0] / "results", tmp_path / "results")
+    for path in tmp_path.glob("results/*"):
+        result = json.loads(path.read_text())
+        assert result["recipe"].pop("channels_last") == result["study"].pop("channels_last")  # the default
+        path.write_text(json.dumps(result))
+    found = json.loads(run(1, *words(tiny, tmp_path), "--table", "--json")[0].out)
+    assert found["complete"] and len(found["arms"]) == 2
+    assert "no result yet" in refused(1, *words(tiny, tmp_path / "other"), "--table")
+
+
+def test_an_arm_of_ones_own_without_specialists_is_a_control(tiny, tmp_path):
+    own = {"soft": "objective.temperature=2", "two": "pyramid=[{teachers: 1, model: pkd_resnet_s}, {teachers: 1, model: "
+           "pkd_resnet_s}] objective={kind: composed}", "half": "pyramid.2.classes=[[0, 1]] objective={kind: paper}",
+           "only": "objective={kind: top, temperature: 2}"}
+    given = [word for name, changes in own.items() for word in ("--arm", f"{name}={changes}")]
+    study = Study(parse(["study", str(tiny), "objective.kind=composed", "--study-folder", str(tmp_path), "--seeds", "0,",
+                         *given]), Console(quiet=True))
+    controls = {trial.arm.name for trial in study.trials if trial.arm.control}
+    assert controls == {"alone", "top", "top-t20", "peers", "top-long", "peers-long", "two", "only"}
+
+
 def test_results_of_other_settings_are_refused(studied, tiny, tmp_path):
     shutil.copytree(studied[0] / "results", tmp_path / "results")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
@@ -250,7 +253,8 @@ def test_a_study_on_slurm_is_an_array_over_seeds_and_a_table(tiny, tmp_path):
     seeds, table = said.splitlines()
     assert "--array=0-1" in seeds and "--nodes=2 --ntasks-per-node=2" in seeds and "--seeds 0,1," in seeds
     assert " study " in seeds and "--arms top,soft" in seeds and "--arm soft=objective.temperature=2" in seeds
-    assert "afterok:<id of study>" in table and "--nodes=1" in table and "--partition=gpu" in table
+    assert "afterany:<id of study>" in table and "--nodes=1" in table and "--partition=gpu" in table
+    assert table.endswith(" --table") and "--table" not in seeds
     said = run(1, "study", tiny, "--arms", "alone", "--seeds", "4,6", "--study-folder", tmp_path, "--on", "srun",
                "--dry-run", env=lambda rank: {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_NTASKS": "2"})[0].out
     assert "seed=6" in said and "seed=4" not in said and "srun" in said and "placement.kind=co-located" in said

@@ -42,6 +42,9 @@ def _notes(study: Study) -> list[str]:
         some = ", ".join(tree["missing"][:8]) + f" and {len(tree['missing']) - 8} more" * (len(tree["missing"]) > 8)
         notes.append(f"The study is not complete ({counted(study.runs, 'run')} done); not finished: {some}.")
     notes += [text[0].upper() + text[1:] + "." for text in (*lacking(tree), *coverage(tree))]
+    if tree["dearer"]:
+        notes.append(f"Teachers of {', '.join(tree['dearer'])} cost more than the pyramid, for which the controls are not "
+                     "made: such an arm decides nothing.")
     if len(tree["world_sizes"]) > 1:
         notes.append(f"Arms ran on different numbers of ranks ({', '.join(map(str, tree['world_sizes']))}), so that their "
                      "students' batch statistics differ too.")
@@ -79,10 +82,11 @@ def _decision(study: Study, one: dict) -> str:
     if not has_interval(one):
         return f"{arm} differs by {gap} points, without an interval yet."
     said, (low, high) = f"{gap} points, 95 % interval {interval(one)}, {counted(one['seeds'], 'seed')}", one["interval"]
+    above, below = ("beats it", "loses to it") if one["decides"] else ("is above it, which decides nothing", "is below it")
     if low > 0:
-        return f"{arm} beats it: {said}, all of it above 0."
+        return f"{arm} {above}: {said}, all of it above 0."
     if high < 0:
-        return f"{arm} loses to it: {said}, all of it below 0."
+        return f"{arm} {below}: {said}, all of it below 0."
     return f"{arm} cannot be told apart from it: {said}, which includes 0."
 
 

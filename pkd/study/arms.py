@@ -110,6 +110,15 @@ def own_arm(text: str) -> Arm:
     return Arm(name, "own: " + " ".join(parts), tuple(parts))
 
 
+def is_control(recipe: Recipe, classes: tuple[str, ...]) -> bool:
+    """Whether an arm has no specialist: then a pyramid must beat it, whoever thought of it."""
+    if recipe.objective.kind in ("alone", "top"):
+        return True
+    return all(len(teacher.classes) == len(classes) for teacher in build_pyramid(
+        tuple(level.model_copy(update={"partition": "contiguous"}) if level.partition == "confusion" else level
+              for level in recipe.pyramid), classes, recipe.seed).teachers)
+
+
 def choose(known: list[Arm], left_out: dict[str, str], own: list[Arm], wanted: list[str] | None) -> list[Arm]:
     """The arms of a study; wanted: names, None for all; the user's own are always in. Raises UserError."""
     names = [arm.name for arm in known]

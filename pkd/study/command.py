@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pkd import slurm_chain
@@ -20,7 +20,7 @@ from pkd.recipe import Recipe
 from pkd.recipe_file import identity, load_recipe
 from pkd.run_folder import RunFolder
 from pkd.shipped import shipped_file
-from pkd.study.arms import Arm, built_in, choose, fitting_shards, own_arm, pyramid_flops, refuse_unequal
+from pkd.study.arms import Arm, built_in, choose, fitting_shards, is_control, own_arm, pyramid_flops, refuse_unequal
 from pkd.study.figures import aggregate
 from pkd.study.results import make_result, read_results, refuse_other, result_path
 from pkd.study.table import arms_table, differences_table, remarks
@@ -68,8 +68,9 @@ class Study:
         for trial in self.trials:
             if (trial.arm.name, trial.recipe.seed) in results:
                 refuse_other(self.folder, results[trial.arm.name, trial.recipe.seed], trial.recipe)
-        for trial in {trial.arm.name: trial for trial in self.trials if not self.is_done(trial)}.values():
-            check_plan(trial.recipe, self.ranks)
+        unfinished = {trial.arm.name: trial for trial in self.trials if not self.is_done(trial)}
+        for trial in unfinished.values() if not arguments.table else ():
+            check_plan(trial.recipe, self.ranks, here=not self.way.startswith(("slurm", "srun")))
 
     def _trial(self, arm: Arm, seed: int) -> Trial:
         # What an arm sets as a whole may have fewer parts than a word of the user's names, such as pyramid.1.teachers.
@@ -85,6 +86,7 @@ class Study:
         words += [f"placement.kind={'co-located' if self.ranks > 1 else 'single'}", "placement.student_ranks=null",
                   "placement.replicas={}"]
         words += fitting_shards(recipe)
+        arm = replace(arm, control=is_control(recipe, self.data.classes))
         return Trial(arm, load_recipe(words[0], words[1:]), words)
 
     def results(self) -> list[dict]:
@@ -100,7 +102,7 @@ class Study:
             wanted = [_of_this_element(self.seeds)]
         elif self.arguments.dry_run:
             wanted = self.seeds[:1]  # the others are alike
-        refused: list[str] = []
+        ended: dict[str, int] = {}  # name -> exit code of what did not come to its end
         for seed in wanted:
             trials = [trial for trial in self.trials if trial.recipe.seed == seed and not self.is_done(trial)]
             lock = self._lock(seed) if trials and not self.arguments.dry_run else None
@@ -109,19 +111,19 @@ class Study:
                     continue
                 self.console.say(f"arm {trial.arm.name}, seed {seed}: {trial.arm.title}")
                 code = self._run(trial)
-                if code == REFUSED:  # it would be again; the other arms need not wait for its mending
-                    refused.append(trial.name)
+                if code == REFUSED or (code and not self.way.startswith("srun")):
+                    ended[trial.name] = code  # it would end so again; the other arms need not wait for its mending
                     continue
-                if code is not None:
+                if code is not None:  # stopped, or queued again by Slurm
                     return code
                 if not self.arguments.dry_run:
                     self.aggregate()
             if lock:
                 lock.release()
-        if refused:
-            self.console.error(f"pkd: {', '.join(refused)} ended as said above: mend that and start the same command again, "
+        if ended:
+            self.console.error(f"pkd: {', '.join(ended)} ended as said above: mend that and start the same command again, "
                                "or leave the arm out by --arms")
-        return REFUSED if refused else 0
+        return max(ended.values(), default=0)
 
     def _run(self, trial: Trial) -> int | None:
         """One arm with one seed, from its teachers to its result; an exit code where it did not come to its end."""
@@ -211,9 +213,11 @@ def study(arguments: argparse.Namespace, console: Console) -> int:
     for name, why in mine.left_out.items():
         if not arguments.arms:
             console.say(f"arm {name} is left out: {why}")
-    if arguments.on == "slurm" and not all(map(mine.is_done, mine.trials)):
+    if arguments.on == "slurm" and not arguments.table and not all(map(mine.is_done, mine.trials)):
         return mine.submit()
-    code = mine.run()
+    if arguments.table and not mine.results():
+        raise UserError(f"study {mine.folder} has no result yet, so that there is no table: start it without --table")
+    code = 0 if arguments.table else mine.run()
     if arguments.dry_run or not mine.results():
         return code
     found = mine.aggregate()

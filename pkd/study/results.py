@@ -10,7 +10,7 @@ from pkd.errors import UserError
 from pkd.files import read_json
 from pkd.predictions import Predictions
 from pkd.recipe import Recipe
-from pkd.recipe_file import difference, digest, identity
+from pkd.recipe_file import difference, identity, parse_recipe
 from pkd.study.arms import Arm, level_flops, student_flops
 
 FIGURES = ("accuracy", "loss", "calibration_error", "validation_accuracy", "validation_loss", "parameters")
@@ -21,7 +21,7 @@ def result_path(folder: Path, arm: str, seed: int) -> Path:
 
 
 def make_result(run: Path, study: dict, arm: Arm, recipe: Recipe, data: DataSet, seconds: float) -> dict:
-    """Of an evaluated run. study: the identity of the study's recipe; seconds: that this start took for the arm.
+    """Of an evaluated run. study: the identity of the study's recipe with seed 0; seconds: that this start took for the arm.
 
     Raises UserError where it was evaluated on other data.
     """
@@ -39,7 +39,7 @@ def make_result(run: Path, study: dict, arm: Arm, recipe: Recipe, data: DataSet,
     asked = identity(recipe)
     return {
         "arm": arm.name, "title": arm.title, "control": arm.control, "changes": list(arm.changes), "seed": recipe.seed,
-        "recipe_identity": digest(asked), "recipe": asked, "study_identity": digest(study), "fingerprint": data.fingerprint,
+        "recipe": asked, "study": study, "fingerprint": data.fingerprint,
         "test_readings": summary["test_readings"], "test_images": summary["test_images"],
         "world_size": summary["world_size"],
         "networks": {name: {key: own[key] for key in FIGURES} for name, own in networks.items()},
@@ -58,7 +58,7 @@ def read_results(folder: Path, study: dict, fingerprint: str) -> list[dict]:
     for path in sorted((folder / "results").glob("*.json")):
         found = read_json(path)
         try:
-            mine, data = found["study_identity"], found["fingerprint"]
+            mine, data = found["study"], found["fingerprint"]
             named = path == result_path(folder, found["arm"], found["seed"])
             right(found, "ensemble")
             [own[key] for own in found["networks"].values() for key in FIGURES]
@@ -66,9 +66,10 @@ def read_results(folder: Path, study: dict, fingerprint: str) -> list[dict]:
             raise UserError(f"{path} is no result of a study ({error}): delete it or restore it") from None
         if not named:
             raise UserError(f"{path} holds the result of arm {found['arm']}, seed {found['seed']}: give it that name again")
-        if mine != digest(study):
-            raise UserError(f"{path} belongs to a study of another recipe than this one: give another --study-folder, undo "
-                            "the change, or delete what is in that folder")
+        if as_of_now(mine) != study:
+            raise UserError(f"{path} belongs to a study of another recipe than this one: "
+                            f"{difference(study, as_of_now(mine))}; give another --study-folder, undo the change, or delete "
+                            "what is in that folder")
         if data != fingerprint:
             raise UserError(f"{path} was measured on other images or another split than the data that are here: give "
                             "another --study-folder, or restore the data")
@@ -78,11 +79,19 @@ def read_results(folder: Path, study: dict, fingerprint: str) -> list[dict]:
 
 def refuse_other(folder: Path, result: dict, recipe: Recipe) -> None:
     """Raises UserError where a result is not what `recipe`, an arm with its seed, asks for."""
-    asked = identity(recipe)
-    if result["recipe_identity"] != digest(asked):
+    asked, found = identity(recipe), as_of_now(result["recipe"])
+    if found != asked:
         path = result_path(folder, result["arm"], result["seed"])
-        raise UserError(f"{path} is of other settings: {difference(asked, result['recipe'])}; give another --study-folder, "
+        raise UserError(f"{path} is of other settings: {difference(asked, found)}; give another --study-folder, "
                         f"another name to the arm, or delete that file and runs/{result['arm']}-seed-{result['seed']}")
+
+
+def as_of_now(stored: dict) -> dict:
+    """An identity that was written down, with the defaults of keys that recipes have got since: it meant those."""
+    try:
+        return identity(parse_recipe({key: value for key, value in stored.items() if key != "dtypes"}, "a result"))
+    except UserError:  # of keys that there are no more
+        return stored
 
 
 def packed(right: np.ndarray) -> str:

@@ -9,11 +9,12 @@ def arms_table(study: dict) -> Table:
     """Accuracy in % of every network, mean and standard deviation over seeds; calibration and loss of the ensemble."""
     names = _networks(study)
     out = Table(title=f"{study['recipe']}: accuracy in % on {study['test_images']} test images, mean ± sd over seeds")
-    for column in ("arm", "seeds", "teachers' cost", *names, "ECE %", "NLL"):
+    for column in ("arm", "seeds", "teachers' cost", "ensemble, validation", *names, "ECE %", "NLL"):
         out.add_column(column, justify="left" if column == "arm" else "right")
     for arm, own in study["arms"].items():
         networks = own["networks"]
         out.add_row(arm, str(len(own["seeds"])), f"{own['teacher_flops'] / study['pyramid_flops']:.2f}",
+                    _spread(networks[ENSEMBLE]["validation_accuracy"], 100, 1),
                     *(_spread(networks[name]["accuracy"], 100, 1) if name in networks else "" for name in names),
                     _spread(networks[ENSEMBLE]["calibration_error"], 100, 1), _spread(networks[ENSEMBLE]["loss"], 1, 3))
     return out
@@ -34,7 +35,7 @@ def differences_table(study: dict) -> Table:
         out.add_row(arm, against + (" (decides)" if whole["decides"] else ""), f"{100 * whole['difference']:+.1f}",
                     f"{100 * low:+.1f} to {100 * high:+.1f}",
                     *(f"{100 * own[name]['difference']:+.1f}" if name in own else "" for name in names),
-                    str(whole["seeds"]), style="bold" if low > 0 or high < 0 else None)
+                    str(whole["seeds"]), style="bold" if whole["decides"] else None)
     return out
 
 
@@ -57,8 +58,11 @@ def remarks(study: dict) -> list[str]:
     missing = study["missing"]
     if missing:
         out.append(f"not finished: {', '.join(missing[:4])}" + f" and {len(missing) - 4} more" * (len(missing) > 4))
-    out.append("teachers' cost is the arithmetic of their training, the pyramid's being 1; ECE (calibration error) and NLL "
-               "(loss) are the ensemble's")
+    students = ", ".join(f"{cost:.2f}" for cost in sorted({own["student_flops"] / study["pyramid_flops"]
+                                                           for own in study["arms"].values()}))
+    out.append("teachers' cost is the arithmetic of their training, the pyramid's being 1"
+               + f", the students' {students} in every arm" * bool(students)
+               + "; ECE (calibration error) and NLL (loss) are the ensemble's")
     return [*out, f"the test split was read {study['test_readings']} times in all"]
 
 

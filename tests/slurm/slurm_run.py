@@ -12,7 +12,7 @@ from virtual_hosts import parent, read
 LAUNCH = REPOSITORY / "launch"
 # Long enough to be hit by something: 24 steps an epoch; a checkpoint about every second.
 LONG = ("distill.batch=16", "distill.epochs=6", "checkpoint_minutes=0.02", "timeouts={start: 60, step: 10}",
-        "placement.student_ranks=2")
+        "placement.student_ranks=2", "deepspeed.students=zero1")  # ZeRO as on the GPUs of a cluster
 
 
 @dataclass
