@@ -313,8 +313,8 @@ def page(bench: Bench, rates: dict[str, list[float]], equal: list[str], rounds: 
         lines.append(f"| {figure} | {target} | " + " | ".join(f"{value:.2f}" for value in spread(values)) + " |")
     lines += ["", "| program | images/s: min | median | max | largest rank's memory, MB |", "|---|---|---|---|---|"]
     for name, own in rates.items():
-        memory = f"{bench.memory[name] / 1e6:.0f}" if name in bench.memory else ""
-        lines.append(f"| {name} | " + " | ".join(f"{value:.1f}" for value in spread(own)) + f" | {memory} |")
+        peak = f"{bench.memory[name] / 1e6:.0f}" if name in bench.memory else ""
+        lines.append(f"| {name} | " + " | ".join(f"{value:.1f}" for value in spread(own)) + f" | {peak} |")
     lines += ["", reckoned(bench, rates, filled, whole), "", *memory(bench), "", "Equal mathematics:", *equal]
     return "\n".join(lines) + "\n"
 
@@ -331,6 +331,8 @@ def main() -> None:
         chosen = [program for name, program in programs(bench).items()
                   if not arguments.only or any(word in name for word in arguments.only)]
         if arguments.only:
+            if any("archive" in program.name for program in chosen):
+                bench.fill()
             rates = take_turns(chosen, arguments.rounds, lambda text: print(text, flush=True))
             print({name: spread(own) for name, own in rates.items()})
             return
