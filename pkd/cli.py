@@ -67,6 +67,8 @@ def parser() -> argparse.ArgumentParser:
             own.add_argument("--world", type=_positive, default=1, help="number of ranks")
             own.add_argument("--device", metavar="NAME", help="of every rank, by its data sheet: a100, h100, h200, l40s, "
                              "v100 or cpu (one core); default: this machine's")
+            own.add_argument("--ranks-per-node", type=_positive, metavar="N", help="so many each on machines like this one "
+                             "(default: all on this one)")
         if name in ("plan", "status", "study"):
             own.add_argument("--json", action="store_true", help="print it as JSON")
         if name in ("export", "predict"):
@@ -166,7 +168,8 @@ def single(arguments: argparse.Namespace, console: Console) -> None:
         from pkd.recipe_file import load_recipe
 
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        found = plan(recipe, arguments.world, Console(quiet=True) if arguments.json else console, arguments.device)
+        found = plan(recipe, arguments.world, Console(quiet=True) if arguments.json else console, arguments.device,
+                     per_node=arguments.ranks_per_node)
         if arguments.json:
             console.report(json.dumps(found, indent=2))
     elif arguments.command == "bench":

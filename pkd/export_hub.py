@@ -26,7 +26,10 @@ def export_hub(run: RunFolder, students: list[tuple[Network, dict]], folder: Pat
     if study is not None:
         if not (study / "study.json").exists():
             raise UserError(f"--study {study} has no study.json: give the folder of a study, or run pkd study first")
-        arms = read_json(study / "study.json")
+        arms, name = read_json(study / "study.json"), recipe_of(run, []).name
+        if arms.get("recipe") != name:
+            raise UserError(f"--study {study} is of recipe {arms.get('recipe')}, but run {run.path} of {name}: give the "
+                            "folder of its own study")
     if not (run.path / "summary.json").exists():
         raise UserError(f"run {run.path} has no summary.json, whose figures the model card states: run pkd evaluate first")
     summary = read_json(run.path / "summary.json")

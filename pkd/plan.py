@@ -1,6 +1,7 @@
 """`pkd plan`: who would be where, how long a step would take and what bounds it, without starting anything."""
 
 import time
+from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -26,13 +27,14 @@ from pkd.views import Views
 from pkd.workload import Workload
 
 
-def plan(recipe: Recipe, world: int, console: Console, device: str | None = None, here: bool = True) -> dict:
+def plan(recipe: Recipe, world: int, console: Console, device: str | None = None, here: bool = True,
+         per_node: int | None = None) -> dict:
     """Print and return the placement of a recipe on `world` ranks, with the work and the bytes of each.
 
-    device: every rank's, by its name in the table of devices, one node each; None: this machine's. here: all ranks are on
-    this machine and share its memory; else they are on others of its kind, whose memory is not known.
+    device: every rank's, by its name in the table of devices, one node each; None: this machine's, which all ranks share, or
+    `per_node` each of machines like it. here: whether they are such machines; else nothing is known of their memory.
     """
-    data = load_data(recipe.data.model_copy(update={"cache_gib": 0.0}))  # hardly an image is looked at
+    data = load_data(recipe.data)
     # Who is confused with whom is not known yet, but how many groups there are, and about how large.
     levels = tuple(level.model_copy(update={"partition": "contiguous"}) if level.partition == "confusion" else level
                    for level in recipe.pyramid)
@@ -40,7 +42,8 @@ def plan(recipe: Recipe, world: int, console: Console, device: str | None = None
     if device and recipe.deepspeed.students == "auto":
         kind = AUTO["cpu" if device.lower() == "cpu" else "cuda"]
         recipe = recipe.model_copy(update={"deepspeed": recipe.deepspeed.model_copy(update={"students": kind})})
-    work, known = _workload(recipe, pyramid, data, world, device, here)
+    ranks = _like_this_machine(world, per_node or world)
+    work, known = _workload(recipe, pyramid, data, ranks, device, here)
     wish = recipe
     if recipe.soft_targets == "archive":
         wish, work = without_teachers(recipe, work)
@@ -64,9 +67,9 @@ def plan(recipe: Recipe, world: int, console: Console, device: str | None = None
     return found
 
 
-def _workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, world: int, name: str | None,
+def _workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, ranks: list[Hardware], name: str | None,
               here: bool) -> tuple[Workload, Ranks]:
-    ranks = _ranks_of_this_machine(world)
+    world = len(ranks)
     device = device_named(name) if name else device_like(ranks[0].device)
     view = _seconds_a_view(Views(data, recipe.views, recipe.seed), data)
     timings = estimated(recipe, pyramid, data, device, view, f"estimated for {name or ranks[0].device}")
@@ -83,11 +86,12 @@ def _workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, world: int, name:
     return workload(recipe, pyramid, data, timings, device.runtime), known
 
 
-def _ranks_of_this_machine(world: int) -> list[Hardware]:
-    """GPUs in turn, as launchers give them; ranks beyond the last one share them."""
-    count = torch.cuda.device_count()
-    found = [hardware(torch.device("cuda", index)) for index in range(min(count, world))] or [hardware(torch.device("cpu"))]
-    return [found[rank % len(found)] for rank in range(world)]
+def _like_this_machine(world: int, per_node: int) -> list[Hardware]:
+    """Ranks on as many machines as they need, GPUs in turn, as launchers give them; ranks beyond the last one share them."""
+    gpus = range(min(torch.cuda.device_count(), per_node))
+    found = [hardware(torch.device("cuda", index)) for index in gpus] or [hardware(torch.device("cpu"))]
+    places = (divmod(rank, per_node) for rank in range(world))
+    return [replace(found[local % len(found)], host=f"{found[0].host}/{node}") for node, local in places]
 
 
 def _seconds_a_view(views: Views, data: DataSet) -> float:

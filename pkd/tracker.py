@@ -25,12 +25,15 @@ def check_tracker(kind: str | None) -> None:
 
 
 def figures(line: dict, prefix: str = "") -> dict[str, float]:
-    """A line of metrics.jsonl by names such as "validation/mobile/accuracy" and "busy/0"."""
+    """A line of metrics.jsonl by names such as "validation/mobile/accuracy" and "busy/0", without what is null."""
     flat: dict[str, float] = {}
     for key, value in line.items():
         if isinstance(value, list):
             value = dict(enumerate(value))
-        flat |= figures(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if isinstance(value, dict):
+            flat |= figures(value, f"{prefix}{key}/")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = value
     return flat
 
 

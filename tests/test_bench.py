@@ -21,8 +21,8 @@ def test_programs_take_turns_forwards_and_backwards_and_ratios_are_of_one_round(
 
 def test_bench_compares_students_alone_teachers_and_archive_and_leaves_nothing(tiny, taught, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in taught.rglob("*")}
-    said = run(1, "bench", tiny, f"teachers_from={taught}", "views.finite=2", "--rounds", 1, "--steps", 12,
-               env=lambda rank: {"TMPDIR": str(tmp_path)})[0].out
+    said = run(1, "bench", tiny, f"teachers_from={taught}", "views.finite=2", "window=1", "answer_steps=1", "--rounds", 1,
+               "--steps", 12, env=lambda rank: {"TMPDIR": str(tmp_path)})[0].out
     line = next(line for line in said.splitlines() if line.startswith("round 1 of 1"))
     assert all(f"{name} " in line for name in ("students alone", "online", "archive"))
     assert " 0.0 img/s" not in line
@@ -47,6 +47,6 @@ def test_a_run_is_judged_by_its_epoch_of_most_steps(tmp_path, monkeypatch):
 
 
 def test_a_speed_without_the_teachers_work_is_refused(tiny, taught, tmp_path):
-    """11 steps an epoch, of which teachers who answer four at once are eight ahead."""
+    """12 steps an epoch, of which teachers who answer four at once are eight ahead."""
     assert "too few to be timed" in refused(1, "bench", tiny, f"teachers_from={taught}", "window=4", "answer_steps=4",
                                             "--rounds", 1, "--steps", 8, env=lambda rank: {"TMPDIR": str(tmp_path)})

@@ -102,11 +102,14 @@ def test_an_onnx_file_takes_uint8_batches_of_any_size_and_tells_its_classes_and_
 def test_a_card_states_the_arms_of_a_study_where_there_is_one(evaluated, tmp_path):
     found = figures_of([made_up(arm, seed, accuracy, accuracy, control) for seed in (0, 1) for arm, accuracy, control in (
         ("top", 0.8, True), ("composed", 0.9, False))], ["top", "composed"])
-    write_json(tmp_path / "study" / "study.json", found)
+    write_json(tmp_path / "other" / "study.json", found)
+    write_json(tmp_path / "study" / "study.json", {**found, "recipe": "tiny"})
     run(1, "export", evaluated, "--to", tmp_path / "hub", "--format", "hub", "--study", tmp_path / "study")
     text = huggingface_hub.ModelCard.load(tmp_path / "hub" / "README.md").text
     assert "| composed | composed | 0, 1 | 0.50 | " in text and "composed against top, the best control" in text
     assert "no study.json" in refused(1, "export", evaluated, "--to", tmp_path / "b", "--format", "hub", "--study", tmp_path)
+    assert "is of recipe made-up" in refused(1, "export", evaluated, "--to", tmp_path / "b", "--format", "hub", "--study",
+                                             tmp_path / "other")
     assert "is for the model card" in refused(1, "export", evaluated, "--to", tmp_path / "b", "--study", tmp_path)
     assert not (tmp_path / "b").exists()
 

@@ -95,5 +95,5 @@ def test_a_run_goes_on_split_and_together_as_if_it_had_never_been_stopped(tiny, 
     split = (GROUPS, DEDICATED, "placement.student_ranks=2")
     run(3, *words, *split, "--steps", 5)
     run(1, *words, "--steps", 14)
-    run(3, *words, *split, "deepspeed.students=zero2")
+    run(3, *words, *split)
     assert came_to(folder) == came_to(finished)

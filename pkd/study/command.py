@@ -115,7 +115,7 @@ class Study:
                     ended[trial.name] = code  # it would end so again; the other arms need not wait for its mending
                     continue
                 if code is not None:  # stopped, or queued again by Slurm
-                    return code
+                    return max([code, *ended.values()])
                 if not self.arguments.dry_run:
                     self.aggregate()
             if lock:

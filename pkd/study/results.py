@@ -88,8 +88,9 @@ def refuse_other(folder: Path, result: dict, recipe: Recipe) -> None:
 
 def as_of_now(stored: dict) -> dict:
     """An identity that was written down, with the defaults of keys that recipes have got since: it meant those."""
+    tree = {key: value for key, value in stored.items() if key != "dtypes"}
     try:
-        return identity(parse_recipe({key: value for key, value in stored.items() if key != "dtypes"}, "a result"))
+        return {**identity(parse_recipe({**tree, "name": "stored"})), "dtypes": stored["dtypes"]}
     except UserError:  # of keys that there are no more
         return stored
 
