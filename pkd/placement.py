@@ -5,6 +5,7 @@ Student ranks come first, [0, student_ranks). `dedicated`: teachers on ranks of 
 `auto` is decided by pkd/planner.py; the other kinds do as they are told, and only share the teachers out.
 """
 
+import contextlib
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 
@@ -15,8 +16,11 @@ from pkd.recipe import Recipe
 from pkd.schedule import SAMPLES_PER_RANK
 from pkd.shards import Group, needed_shards, shard_groups, wanted_shards
 from pkd.share import share_out
+from pkd.simulator import simulate
 from pkd.student_groups import check_groups
 from pkd.workload import Workload
+
+TRIED = 16  # numbers of student ranks at most where teachers lie in shards
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def place(recipe: Recipe, world: int, work: Workload, known: Ranks | None = None
         return _planned(recipe, world, work, known)
     except UserError:  # whole teachers do not fit; in shards they may
         if known.memory and needed_shards(work.sizes, [known.usable(rank) for rank in range(world)]):
-            return _as_told(recipe, world, work, known)
+            return _in_shards(recipe, world, work, known)
         raise
 
 
@@ -110,6 +114,29 @@ def _planned(recipe: Recipe, world: int, work: Workload, known: Ranks) -> Placem
     choice = Planner(work, world, wish.accumulation, wish.replicas, known).choose()
     return Placement(choice.map.kind, world, choice.map.students, wish.accumulation,
                      tuple(_sources(choice.map.hosted, work)), work.groups, known.nodes, choice.why)
+
+
+def _in_shards(recipe: Recipe, world: int, work: Workload, known: Ranks) -> Placement:
+    """Of the numbers of student ranks, each with teachers in as few shards as fit, the one with the shortest predicted step.
+
+    Raises UserError where no number will do.
+    """
+    wish = recipe.placement
+    trains = Planner(work, world, wish.accumulation, {}, known).trains
+    found: list[tuple[float, int, Placement]] = []
+    for students in sorted({max(1, world * part // TRIED) for part in range(1, TRIED)}):
+        told = wish.model_copy(update={"kind": "dedicated", "student_ranks": students})
+        with contextlib.suppress(UserError):
+            one = _as_told(recipe.model_copy(update={"placement": told}), world, work, known)
+            if trains(students):
+                step = simulate(one.rank_map().system(work, wish.accumulation, known)).step
+                found.append((float(f"{step:.3g}"), -students, one))
+    if not found:
+        return _as_told(recipe, world, work, known)
+    step, _, chosen = min(found, key=lambda one: one[:2])
+    return replace(chosen, why="auto: no rank has room for the teachers whole, so some lie in shards; "
+                               f"{chosen.student_ranks} of {world} ranks train, dedicated: {1000 * step:.3g} ms a step "
+                               f"predicted ({work.source})")
 
 
 def _sources(hosted: dict[int, list[str]], work: Workload) -> list[Source]:

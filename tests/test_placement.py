@@ -16,6 +16,7 @@ from pkd.recipe import Recipe
 from pkd.recipe_file import parse_recipe
 from pkd.schedule import BLOCK, SAMPLES_PER_RANK
 from pkd.share import share_out
+from pkd.simulator import simulate
 
 quick = settings(max_examples=80, deadline=None)
 
@@ -151,6 +152,21 @@ def test_a_teacher_that_no_rank_can_hold_is_sharded_over_the_fewest_that_can_on_
     asked = place(recipe(512, kind="dedicated", student_ranks=1, shards={"top": 2}), 6, costs, sizes,
                   Ranks((100,) * 6, (0, 0, 1, 1, 2, 2)))
     assert next(source.group for source in asked.sources if source.group) == (2, 3), "rank 1 has its node for itself"
+
+
+@given(top=st.floats(0.01, 3), row=st.floats(0.001, 0.05), world=st.sampled_from([4, 6]))
+@settings(max_examples=8, deadline=None)
+def test_auto_chooses_how_many_ranks_train_beside_a_teacher_that_no_rank_can_hold(top, row, world):
+    wish, known = recipe(512), Ranks((int(10e9),) * world)
+    work = work_of(wish, {"top": top, "left": 0.1}, {"top": int(20e9), "left": int(1e9)}, row=row)
+    chosen = placing.place(wish, world, work, known)
+    assert any(source.group and "top" in source.teachers for source in chosen.sources) and "in shards" in chosen.why
+
+    def step(placement):
+        return simulate(placement.rank_map().system(work, 1, known)).step
+    by_hand = [placing.place(recipe(512, kind="dedicated", student_ranks=students), world, work, known)
+               for students in range(1, world - 2)]
+    assert step(chosen) <= 1.01 * min(map(step, by_hand))
 
 
 @given(data=st.data(), world=st.integers(1, 8), costs=costs_of())
