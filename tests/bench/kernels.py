@@ -1,4 +1,4 @@
-"""Which kernels the students' step is fastest with here, network by network, and what part of it the loss is.
+"""Which kernels students' steps and teachers' forwards are fastest with here, network by network; what part the loss is.
 
 python tests/bench/kernels.py [--rounds 9] [--rows 32] [--classes 100] [--size 32] [--compile]
 
@@ -31,6 +31,7 @@ from pkd.pyramid import build_pyramid
 from pkd.recipe import Level, Model, Optimisation, Timeouts
 from pkd.schedule import Router
 from pkd.targets import Unpacker
+from pkd.teacher import TeacherHost
 from pkd.world import World
 
 STUDENTS = ("mobilenet_v2", "shufflenet_v2_x1_0")
@@ -41,6 +42,15 @@ VARIANTS = {  # DeepSpeed configuration, channels_last, distill.compile
     "bf16 autocast, channels last": ("zero1-autocast", True, False),
     "bf16 weights, channels last": ("zero1-bf16", True, False),
     "fp32, channels last, compiled": ("zero0", True, True),
+}
+TEACHERS = ("resnet101", "resnet50", "resnet18")
+FORWARDS = {  # bf16, channels last, rows at a time
+    "fp32, blocks of 32": (False, False, 32),
+    "fp32, blocks of 128": (False, False, 128),
+    "fp32, channels last, blocks of 32": (False, True, 32),
+    "fp32, channels last, blocks of 128": (False, True, 128),
+    "bf16, channels last, blocks of 32": (True, True, 32),
+    "bf16, channels last, blocks of 128": (True, True, 128),
 }
 STEPS = 3  # of a turn; the median counts
 
@@ -63,6 +73,25 @@ class Step:
             began = now(self.device)
             logits = self.engine.train_step(self.images)
             self.engine.backward(logits.square().mean())
+            found.append(now(self.device) - began)
+        return statistics.median(found)
+
+
+class Answer:
+    """A teacher's forward of 128 rows in blocks under one variant of FORWARDS."""
+
+    def __init__(self, net: str, variant: tuple[bool, bool, int], ask: argparse.Namespace, device: torch.device):
+        bf16, channels_last, rows = variant
+        network = build(Model(name=net), ask.classes, 3, (ask.size, ask.size)).eval()
+        network = network.use_channels_last() if channels_last else network
+        self.host, self.device = TeacherHost(0, {0: network}, None, device, bf16, block=rows), device
+        self.images = torch.randint(0, 256, (128, 3, ask.size, ask.size), dtype=torch.uint8)
+
+    def seconds(self) -> float:
+        found = []
+        for _ in range(STEPS):
+            began = now(self.device)
+            self.host.forward(0, self.images)
             found.append(now(self.device) - began)
         return statistics.median(found)
 
@@ -128,7 +157,7 @@ def main() -> None:
     world.join_island("bench", [0])
     device = world.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_model()}, one thread"
-    lines = ["# Kernels of the students' step", "",
+    lines = ["# Kernels of students' steps and teachers' forwards", "",
              f"Written by `tests/bench/kernels.py` on {where}, torch {torch.__version__}: {ask.rows} rows of {ask.size} "
              f"pixels, {ask.classes} classes, {ask.rounds} rounds in which every variant takes its turn; a ratio is of one "
              "round." + " Seconds are those that the process computed." * (device.type == "cpu"), "",
@@ -144,6 +173,15 @@ def main() -> None:
             print(lines[-1], flush=True)
         for step in steps.values():
             step.engine.close()
+    lines += ["", "Frozen teachers, 128 rows:", "",
+              "| teacher | kernels | ms: min | median | max | of the first one's time: min | median | max |",
+              "|---|---|---|---|---|---|---|---|"]
+    for net in TEACHERS:
+        found = measured({name: Answer(net, variant, ask, device) for name, variant in FORWARDS.items()}, ask.rounds)
+        for name, seconds in found.items():
+            ratios = [a / b for a, b in zip(seconds, found[next(iter(FORWARDS))])]
+            lines.append(f"| {net} | {name} | {cells(1000 * s for s in seconds)} | {cells(ratios)} |")
+            print(lines[-1], flush=True)
     best = Step(STUDENTS, VARIANTS["fp32, channels last"], ask, device)
     programs = {"step": best, **{kind: Loss(kind, ask, device) for kind in ("paper", "composed")}}
     found = measured(programs, ask.rounds)
