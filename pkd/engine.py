@@ -47,6 +47,10 @@ class Engine:
             self.ds.compile(compile_kwargs={"dynamic": False})  # micro batches have one or two sizes
         self.optimizer.partitioned = stage(ds_config) > 0
         self.optimizer.ready = True
+        # A rank that trains alone has nobody to average with: DeepSpeed would flatten all gradients and copy them back, a
+        # twentieth of a step.
+        self.alone = self.ranks == 1 and stage(ds_config) == 0 and precision(ds_config) == "fp32"
+        self.ds.enable_backward_allreduce = not self.alone
         self.scale = self.ranks * accumulation  # DeepSpeed averages over ranks and micro batches; our losses are sums
 
     def train_step(self, images: torch.Tensor) -> torch.Tensor:
@@ -56,6 +60,9 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """Gradient of one micro batch's share of the step's loss; the last micro batch's call also takes the step."""
         self.ds.backward(loss * self.scale)
+        for weight in self.ds.module.parameters() if self.alone else ():
+            if weight.grad is None and weight.requires_grad:  # not used: as where gradients are averaged, it decays
+                weight.grad = torch.zeros_like(weight)
         self.ds.step()
 
     @property

@@ -60,8 +60,10 @@ class GroupOptimizer(torch.optim.Optimizer):
             buffers = [state["momentum_buffer"] for state in states] if group["momentum"] else [None] * len(states)
             for state in states:
                 state["step"] += 1
-            sgd(weights, gradients, buffers, lr=group["lr"], momentum=group["momentum"], dampening=0.0,
-                weight_decay=group["weight_decay"], nesterov=group["nesterov"], maximize=False)
+            # Fused: one pass over memory for what are three, a twentieth of a small network's step on a CPU.
+            sgd(weights, [_laid_out_as(w, g) for w, g in zip(weights, gradients)], buffers, fused=True, lr=group["lr"],
+                momentum=group["momentum"], dampening=0.0, weight_decay=group["weight_decay"], nesterov=group["nesterov"],
+                maximize=False)
         else:
             adamw(weights, gradients, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
                   [s["step"] for s in states], lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
@@ -71,6 +73,11 @@ class GroupOptimizer(torch.optim.Optimizer):
                 # The warm-up keeps the first random weights from dominating the average (Tarvainen & Valpola 2017).
                 decay = min(group["ema"], (1 + state["step"].item()) / (10 + state["step"].item()))
                 state["ema"].lerp_(weight, 1 - decay)
+
+
+def _laid_out_as(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient in the weight's memory format, which torch's fused kernel takes for granted."""
+    return gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
 
 
 def _clip(gradients: list[torch.Tensor], limit: float, partitioned: bool) -> None:

@@ -62,8 +62,8 @@ class Problem:
         torch.manual_seed(derived_seed(self.recipe.seed, step, 0, rank))
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        return [torch.optim.SGD(network.parameters(), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
-                for network, s in zip(self.students, self.recipe.students)]
+        return [torch.optim.SGD(network.parameters(), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay,
+                                fused=self.ours) for network, s in zip(self.students, self.recipe.students)]
 
     def run(self, step: Callable[[int], list[float]], at_once: int = 1) -> tuple[float, list[list[float]]]:
         """Images per second without the first quarter of the steps, and every step's losses, one a student; of steps that
