@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +22,15 @@ class Layer:
     read: int  # numbers that it takes in
     written: int
     weights: int
+
+
+# Layers that keep their input's shape and cost no FLOP of torch's counting: on the meta device, where nothing is computed,
+# torch goes through Python for them, for most of the time that a count takes.
+_NOTHING = (nn.modules.batchnorm._BatchNorm, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid)
+
+
+def _same(images: torch.Tensor) -> torch.Tensor:
+    return images
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,8 @@ def network_cost(model: Model, classes: int, channels: int, size: tuple[int, int
             layers.append(Layer(counter.get_total_flops() - module.flops_before, read, written,
                                 sum(p.numel() for p in module.parameters())))
         for module in network.modules():
+            if isinstance(module, _NOTHING):
+                module.forward = _same
             if next(module.children(), None) is None:
                 module.register_forward_pre_hook(begin)
                 module.register_forward_hook(end)

@@ -8,6 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 ./launch/setup.sh tests
 python=.venv/bin/python
 (($#)) || set -- faults signals jobs soak
+$python -m pytest tests/slurm/full_cluster.py  # whether the nodes themselves behave as real ones; a minute
 for part in "$@"; do
     page=tests/slurm/RESULTS-$part.md
     cat > "$page" << END
