@@ -42,10 +42,11 @@ are done already, and for which teachers answer as many. A ratio compares two ru
 / 4 x ResNet-18 teachers, 2 x MobileNetV2 and 2 x ShuffleNetV2 students, the paper's objective, 32 pixels, 100 classes, no
 augmentation: one view of an image, for which the archive is filled once; that was timed once, before the rounds, and a
 whole run is reckoned from it and from the speed of an epoch after the first. Two cores for each program: two threads in one
-process, or two ranks of one thread, co-located. Our kernels: students fp32 and channels last, teachers {kernels}. pkd's
-teachers answer {answer_steps} steps at once in blocks of {answer_rows} rows. "In groups": each rank trains two of the
-students (placement.student_groups=2), on whole batches, as the published loop does; else both train all four, on half of
-each.
+process, or two ranks of one thread. "pkd online" is placed by auto, the default, which chose: {auto}; the steady state
+leaves out that at an epoch's start students wait for the first answers. The others are co-located. Our kernels: students
+fp32 and channels last, teachers {kernels}. pkd's teachers answer {answer_steps} steps at once in blocks of {answer_rows}
+rows. "In groups": each rank trains two of the students (placement.student_groups=2), on whole batches, as the published
+loop does; else both train all four, on half of each.
 """
 ANSWERS = {"window": 8, "answer_steps": 8, "answer_rows": 128}
 AHEAD = ANSWERS["window"] + ANSWERS["answer_steps"]  # steps that teachers may be ahead
@@ -120,7 +121,8 @@ class Bench:
         asked = json.dumps([steps, self.forward, ANSWERS]).encode()
         self.kept = folder / f"rates-{self.commit}-{hashlib.sha256(asked + changed).hexdigest()[:8]}.json"
         self.memory: dict[str, int] = {}
-        self.holds: dict[str, list[list[str]]] = {}  # program -> rank -> its teachers
+        self.holds: dict[str, list[list[str]]] = {}  # program -> rank that trains -> its teachers
+        self.kinds: dict[str, str] = {}  # program -> its placement
         for name, recipe in self.recipes.items():
             if not self.taught(name).exists():
                 Trial(folder, [str(recipe)], 2).phase("teach", run=self.taught(name))
@@ -151,7 +153,8 @@ class Bench:
         line = trial.distill(self.steps if alone else self.ours, *changes)
         self._remember(name, int(max(line["peak_memory_bytes"].values())))
         placement = Placement.from_json(line["placement"])
-        self.holds[name] = [placement.answers_for(rank) for rank in range(ranks)]
+        self.holds[name] = [placement.answers_for(rank) for rank in range(placement.student_ranks)]
+        self.kinds[name] = f"{placement.kind}, {placement.student_ranks} of {ranks} ranks train"
         return line["steady_images_per_second"]
 
     def _words(self, recipe: str, ranks: int, threads: int) -> list[str]:
@@ -166,7 +169,7 @@ class Bench:
         self.memory[name] = max(peak, self.memory.get(name, 0))
 
     def teachers_not_held(self, name: str) -> int:
-        """Bytes of the weights that a program's ranks do not hold, of the one that holds the most."""
+        """Bytes of the weights that a program's ranks that train do not hold, of the one that holds the most."""
         bytes_of = {path.stem: path.stat().st_size for path in self.taught("paper").glob("teachers/*.safetensors")}
         return sum(bytes_of.values()) - max(sum(bytes_of[one] for one in held) for held in self.holds[name])
 
@@ -243,7 +246,7 @@ def programs(bench: Bench) -> dict[str, Program]:
         other("published loop, our kernels", "published_loop", "paper", "ours"),
         other("published loop, eager", "published_loop", "paper", "eager"),
         pkd("pkd online, students in groups", "paper", 2, both, "placement.student_groups=2"),
-        pkd("pkd online", "paper", 2, both),
+        pkd("pkd online", "paper", 2),
         other("naive data parallel, our kernels", "naive_ddp", "paper", "ours", 2),
         other("torchdistill, eager", "torchdistill_kd", "pair-eager", "eager"),
         pkd("pkd, one teacher, one student, eager", "pair-eager", 1),
@@ -295,7 +298,8 @@ def reckoned(bench: Bench, rates: dict[str, list[float]], filled: float, whole: 
 def memory(bench: Bench) -> list[str]:
     naive = bench.memory["naive data parallel, our kernels"]
     return [f"Memory (peak resident set): the largest rank of {name} is {(naive - bench.memory[name]) / 1e6:.0f} MB below "
-            f"naive data parallelism's; teachers that it does not hold weigh {bench.teachers_not_held(name) / 1e6:.0f} MB."
+            f"naive data parallelism's; teachers that its ranks that train do not hold weigh "
+            f"{bench.teachers_not_held(name) / 1e6:.0f} MB."
             for name in ("pkd online", "pkd online, students in groups")]
 
 
@@ -307,7 +311,8 @@ def page(bench: Bench, rates: dict[str, list[float]], equal: list[str], rounds: 
     lines = [
         "# Speed", "",
         HEAD.format(commit=bench.commit, cores=os.cpu_count(), processor=processor, versions=versions, rounds=rounds,
-                    steps=bench.steps, ours=bench.ours, timed=len(bench.timed), kernels=bench.kernels, **ANSWERS),
+                    steps=bench.steps, ours=bench.ours, timed=len(bench.timed), kernels=bench.kernels,
+                    auto=bench.kinds["pkd online"], **ANSWERS),
         "| figure | asked for, at least | min | median | max |", "|---|---|---|---|---|"]
     for figure, target, values in rows(rates, filled):
         lines.append(f"| {figure} | {target} | " + " | ".join(f"{value:.2f}" for value in spread(values)) + " |")
@@ -339,14 +344,14 @@ def main() -> None:
         equal = bench.check_equal_math()
         print("\n".join(equal), flush=True)
         if bench.kept.exists():  # of an earlier start with the same --folder
-            rates, bench.memory, bench.holds, filled, whole = json.loads(bench.kept.read_text())
+            rates, bench.memory, bench.holds, bench.kinds, filled, whole = json.loads(bench.kept.read_text())
         else:
             rates, filled, whole = {program.name: [] for program in chosen}, bench.fill(), bench.whole_run()
         for number in range(len(rates["pkd online"]), arguments.rounds):
             order = chosen if number % 2 == 0 else chosen[::-1]
             for name, own in take_turns(order, 1, lambda text: print(text, flush=True)).items():
                 rates[name] += own
-            bench.kept.write_text(json.dumps([rates, bench.memory, bench.holds, filled, whole]))
+            bench.kept.write_text(json.dumps([rates, bench.memory, bench.holds, bench.kinds, filled, whole]))
             (HERE / "RESULTS.md").write_text(page(bench, rates, equal, number + 1, filled, whole))
 
 
