@@ -15,7 +15,7 @@ from pkd.figures import Keys, cached, surroundings
 from pkd.hardware import Hardware, cores_per_node, hardware, known_ranks
 from pkd.placement import Placement, place, without_teachers
 from pkd.planner import next_rank
-from pkd.pyramid import Pyramid, build_pyramid
+from pkd.pyramid import Pyramid, build_pyramid, foreseen
 from pkd.rank_map import Ranks
 from pkd.recipe import Recipe
 from pkd.recipe_file import digest
@@ -35,10 +35,7 @@ def plan(recipe: Recipe, world: int, console: Console, device: str | None = None
     `per_node` each of machines like it. here: whether they are such machines; else nothing is known of their memory.
     """
     data = load_data(recipe.data)
-    # Who is confused with whom is not known yet, but how many groups there are, and about how large.
-    levels = tuple(level.model_copy(update={"partition": "contiguous"}) if level.partition == "confusion" else level
-                   for level in recipe.pyramid)
-    pyramid = build_pyramid(levels, data.classes, recipe.seed)
+    pyramid = build_pyramid(foreseen(recipe.pyramid), data.classes, recipe.seed)
     if device and recipe.deepspeed.students == "auto":
         kind = AUTO["cpu" if device.lower() == "cpu" else "cuda"]
         recipe = recipe.model_copy(update={"deepspeed": recipe.deepspeed.model_copy(update={"students": kind})})

@@ -49,6 +49,14 @@ class Pyramid:
         return {"classes": list(self.classes), "teachers": teachers}
 
 
+def foreseen(levels: tuple[Level, ...]) -> tuple[Level, ...]:
+    """Levels of which a pyramid can be built before its top is trained: who is confused with whom is not known yet, but how
+    many groups there are, and about how large.
+    """
+    return tuple(level.model_copy(update={"partition": "contiguous"}) if level.partition == "confusion" else level
+                 for level in levels)
+
+
 def build_pyramid(levels: tuple[Level, ...], classes: tuple[str, ...], seed: int,
                   found: dict[int, list[list[int]]] | None = None) -> Pyramid:
     """The pyramid of a recipe over the data set's `classes`. Raises UserError where class lists do not fit.

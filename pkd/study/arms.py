@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pkd.cost import network_cost, training_flops
 from pkd.errors import UserError, nearest
-from pkd.pyramid import build_pyramid, teacher_names
+from pkd.pyramid import build_pyramid, foreseen, teacher_names
 from pkd.recipe import Level, Name, Recipe
 
 Shape = tuple[int, int, tuple[int, int]]  # classes, channels, (height, width)
@@ -114,9 +114,8 @@ def is_control(recipe: Recipe, classes: tuple[str, ...]) -> bool:
     """Whether an arm has no specialist: then a pyramid must beat it, whoever thought of it."""
     if recipe.objective.kind in ("alone", "top"):
         return True
-    return all(len(teacher.classes) == len(classes) for teacher in build_pyramid(
-        tuple(level.model_copy(update={"partition": "contiguous"}) if level.partition == "confusion" else level
-              for level in recipe.pyramid), classes, recipe.seed).teachers)
+    pyramid = build_pyramid(foreseen(recipe.pyramid), classes, recipe.seed)
+    return all(len(teacher.classes) == len(classes) for teacher in pyramid.teachers)
 
 
 def choose(known: list[Arm], left_out: dict[str, str], own: list[Arm], wanted: list[str] | None) -> list[Arm]:
