@@ -1,6 +1,7 @@
 """Frozen teachers on the ranks that answer for them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,6 +13,7 @@ from pkd.models import Network
 from pkd.row_format import RowFormat
 from pkd.schedule import BLOCK, Routes
 from pkd.sharded import ShardedNetwork
+from pkd.transfer import OnItsWay, to_device
 from pkd.views import Views
 
 
@@ -51,26 +53,34 @@ class TeacherHost:
         self.formats = {index: form for index, form in (formats or {}).items() if not form.plain}
         self.source, self.views, self.device, self.sends, self.works = source, views, device, sends, works
         self.names, self.block = names, block
-        # On a GPU teachers have a stream of their own, beside what the same rank trains. Images come from the host and
-        # answers lie there when forward() returns: after the weights, nothing on the device crosses streams.
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.networks = {}
         for index, network in networks.items():
             whole = isinstance(network, Network)
             self.networks[index] = in_dtype(network, bf16).to(device).eval().requires_grad_(False) if whole else network
+        # DeepSpeed exchanges the data of parameters, which inference mode forbids, and chooses streams of its own.
+        self.whole = all(isinstance(network, Network) for network in networks.values())
+        # On a GPU teachers have a stream of their own, beside what the same rank trains. Images come from the host and
+        # answers lie there at last: after the weights, nothing on the device crosses streams.
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and self.whole else None
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(device))
 
     def answer(self, questions: list[Question], epoch: int) -> None:
         """Write this source's soft targets of some steps of an epoch into its slices of their flat buffers."""
-        seen = [self._views(question, epoch) for question in questions]
-        for index in self.networks:
-            rows = [np.flatnonzero((q.routes.source == self.source) & (q.routes.teacher == index)) for q in questions]
-            images = torch.cat([views[torch.from_numpy(np.searchsorted(positions, q.routes.position[own]))]
-                                for q, own, (positions, views) in zip(questions, rows, seen)])
-            if len(images) == 0:
-                continue
-            logits = self.forward(index, images)
+        with self._frozen():
+            # Each image crosses to the device once, whatever the number of teachers that are asked about it.
+            seen = [(positions, to_device(views, self.device))
+                    for positions, views in (self._views(question, epoch) for question in questions)]
+            begun = []  # all teachers, before the first is waited for: a device has work as long as there is any
+            for index in self.networks:
+                rows = [np.flatnonzero((q.routes.source == self.source) & (q.routes.teacher == index)) for q in questions]
+                images = torch.cat([views[to_device(torch.from_numpy(np.searchsorted(positions, q.routes.position[own])),
+                                                    self.device)]
+                                    for q, own, (positions, views) in zip(questions, rows, seen)])
+                if len(images):
+                    begun.append((index, rows, self._begin(index, images)))
+        for index, rows, answers in begun:
+            logits = self._finite(index, answers)
             if not self.sends:
                 continue
             if index in self.formats:
@@ -87,21 +97,32 @@ class TeacherHost:
         return positions, self.views.batch(torch.from_numpy(question.ids[positions]), epoch)
 
     def forward(self, index: int, images: torch.Tensor) -> torch.Tensor:
-        """Centred logits of any number of images, fp16 [images, classes of the teacher] on the host.
+        """Centred logits of any number of images on the host, fp16 [images, classes of the teacher], there as well.
 
         Raises LocalError if not finite.
         """
-        network = self.networks[index]
-        whole = isinstance(network, Network)
-        # DeepSpeed exchanges the data of parameters, which inference mode forbids, and chooses streams of its own.
-        with torch.inference_mode() if whole else torch.no_grad(), torch.cuda.stream(self.stream if whole else None):
-            parts = []
-            for block in images.split(self.block):
-                padding = block.new_zeros((self.block - len(block), *block.shape[1:]))
-                padded = torch.cat([block, padding]) if len(padding) else block
-                parts.append(centred(network(padded.to(self.device))[:len(block)]))
-                self.works()
-            logits = torch.cat(parts).cpu()
+        with self._frozen():
+            answers = self._begin(index, to_device(images, self.device))
+        return self._finite(index, answers)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        with torch.inference_mode() if self.whole else torch.no_grad(), torch.cuda.stream(self.stream):
+            yield
+
+    def _begin(self, index: int, images: torch.Tensor) -> OnItsWay:
+        """A teacher's centred logits of images on the device, on their way to the host."""
+        network, parts = self.networks[index], []
+        for block in images.split(self.block):
+            padding = block.new_zeros((self.block - len(block), *block.shape[1:]))
+            padded = torch.cat([block, padding]) if len(padding) else block
+            parts.append(centred(network(padded)[:len(block)]))
+            self.works()
+        return OnItsWay(torch.cat(parts))
+
+    def _finite(self, index: int, answers: OnItsWay) -> torch.Tensor:
+        logits = answers.wait()
+        self.works()
         if not bool(torch.isfinite(logits).all()):
             name = self.names[index] if self.names else index
             raise LocalError(f"teacher {name} answers with logits that are not finite or beyond "

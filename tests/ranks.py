@@ -23,7 +23,8 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 def clean_environment() -> dict[str, str]:
     """This process's environment without what a launcher or Slurm put there."""
     kept = {key: value for key, value in os.environ.items() if key not in LAUNCHER and not key.startswith("SLURM_")}
-    return {**kept, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1",
+    path = [str(REPOSITORY), str(REPOSITORY / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**kept, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "", "XDG_CACHE_HOME": _cache()}  # on a GPU: tests/test_gpu.py
 
 

@@ -7,21 +7,27 @@ import torch
 import torch.nn.functional as F
 from problem import Problem
 
+from pkd.transfer import to_device
+
 
 def main() -> None:
     problem = Problem()
-    optimizers, fixed = problem.optimizers(), problem.constants
+    optimizers, fixed, device = problem.optimizers(), problem.constants, problem.device
+    on_device = [classes.to(device) for classes in problem.classes]
 
-    def step(index: int) -> list[float]:
+    def step(index: int) -> list[torch.Tensor]:
         images, labels = problem.batch(index)
+        routes = [torch.isin(labels, classes).nonzero()[:, 0].to(device) for classes in problem.classes]
+        images, labels = to_device(images, device), to_device(labels, device)
         problem.same_draws(index)
-        logits = [student(images).float() for student in problem.students]
+        with problem.autocast():
+            logits = [student(images) for student in problem.students]
+        logits = [own.float() for own in logits]
         losses = []
         for s, optimizer in enumerate(optimizers):
             mean = sum(z if j == s else z.detach() for j, z in enumerate(logits)) / len(logits)
             loss = F.cross_entropy(logits[s], labels) + fixed.ensemble[s] * F.cross_entropy(mean, labels)
-            for teacher, classes, weight in zip(problem.teachers, problem.classes, problem.weights):
-                mine = torch.isin(labels, classes).nonzero()[:, 0]
+            for teacher, classes, weight, mine in zip(problem.teachers, on_device, problem.weights, routes):
                 if len(mine):
                     with torch.inference_mode():
                         answer = teacher(images[mine]).float()
@@ -30,7 +36,7 @@ def main() -> None:
                     loss = loss + weight * fixed.temperature**2 * F.kl_div(own, soft, reduction="batchmean")
             optimizer.zero_grad()
             loss.backward()
-            losses.append(loss.item())
+            losses.append(loss.detach())
         for optimizer in optimizers:
             optimizer.step()
         return losses
