@@ -1,6 +1,6 @@
 """Which kernels students' steps and teachers' forwards are fastest with here, network by network; what part the loss is.
 
-python tests/bench/kernels.py [--rounds 9] [--rows 32] [--classes 100] [--size 32] [--compile]
+python tests/bench/kernels.py [--rounds 9] [--rows 32] [--classes 100] [--size 32] [--compile] [--only WORD ...]
 
 One process, one thread on a CPU (whose seconds at work count), or the GPU where there is one. In each round every variant
 takes its turn, so a ratio compares steps that lie side by side. Writes RESULTS-kernels-<device>.md beside itself.
@@ -86,10 +86,14 @@ class Answer:
 
     def __init__(self, net: str, variant: tuple[bool, bool, int], ask: argparse.Namespace, device: torch.device):
         bf16, channels_last, rows = variant
-        network = build(Model(name=net), ask.classes, 3, (ask.size, ask.size)).eval()
-        network = network.use_channels_last() if channels_last else network
-        self.host, self.device = TeacherHost(0, {0: network}, None, device, bf16, block=rows), device
+        network = build(Model(name=net), ask.classes, 3, (ask.size, ask.size)).to(device)
         self.images = torch.randint(0, 256, (256, 3, ask.size, ask.size), dtype=torch.uint8)
+        for norm in network.modules():
+            norm.momentum = None  # statistics of the one batch that follows, with which a deep network's logits stay finite
+        with torch.no_grad():
+            network(self.images[:16].to(device))
+        network = network.eval().use_channels_last() if channels_last else network.eval()
+        self.host, self.device = TeacherHost(0, {0: network}, None, device, bf16, block=rows), device
 
     def seconds(self) -> float:
         found = []
@@ -155,6 +159,8 @@ def main() -> None:
     for name, default in (("rounds", 9), ("rows", 32), ("classes", 100), ("size", 32)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes minutes")
+    parser.add_argument("--only", nargs="+", metavar="WORD", default=[""],
+                        help="students' kernels beside fp32 whose names contain one of them; writes no page")
     ask = parser.parse_args()
     torch.set_num_threads(1)
     world = World(Launch("plain", 0, 1, 0, "", 0, "0", True), Timeouts())
@@ -169,7 +175,7 @@ def main() -> None:
              "|---|---|---|---|---|---|---|---|"]
     for nets in (STUDENTS[:1], STUDENTS[1:]):
         steps = {name: Step(nets, variant, ask, device) for name, variant in VARIANTS.items()
-                 if ask.compile or not variant[2]}
+                 if (ask.compile or not variant[2]) and (name == "fp32" or any(word in name for word in ask.only))}
         found = measured(steps, ask.rounds)
         for name, seconds in found.items():
             ratios = [a / b for a, b in zip(seconds, found["fp32"])]
@@ -177,6 +183,8 @@ def main() -> None:
             print(lines[-1], flush=True)
         for step in steps.values():
             step.engine.close()
+    if ask.only != [""]:
+        return world.close()
     lines += ["", "Frozen teachers, 256 rows, with their way to the device:", "",
               "| teacher | kernels | ms: min | median | max | of the first one's time: min | median | max |",
               "|---|---|---|---|---|---|---|---|"]
