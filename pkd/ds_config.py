@@ -14,8 +14,8 @@ from pkd.shipped import is_file, shipped_file, shipped_names
 OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler")
 
 
-# What `auto` stands for. On a CPU a step under ZeRO 1 takes 1.2 to 1.5 times as long (tests/bench/RESULTS-kernels-cpu.md);
-# on GPUs optimizer states are what soon does not fit.
+# What `auto` stands for: fp32 on every device, for the dtype is part of what a run is, and runs move. On a CPU a step under
+# ZeRO 1 takes 1.2 to 1.5 times as long, on a GPU 1.03 (tests/bench/RESULTS-kernels-*.md), where memory is what soon lacks.
 AUTO = {"cpu": "zero0", "cuda": "zero1"}
 
 

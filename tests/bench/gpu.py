@@ -168,11 +168,11 @@ def main() -> None:
         rates = {program.name: [] for program in bench.programs()}
         if kept.exists():
             rates, bench.memory = json.loads(kept.read_text())
-        for number in range(len(rates["students alone"]), ask.rounds):
-            order = bench.programs()[::-1 if number % 2 else 1]
-            for name, own in take_turns(order, 1, lambda text: print(text, flush=True)).items():
-                rates[name] += own
-            kept.write_text(json.dumps([rates, bench.memory]))
+        for number in range(min(map(len, rates.values())), ask.rounds):
+            for program in bench.programs()[::-1 if number % 2 else 1]:
+                if len(rates[program.name]) == number:
+                    rates[program.name] += take_turns([program], 1, lambda text: print(text, flush=True))[program.name]
+                    kept.write_text(json.dumps([rates, bench.memory]))
             (HERE / "RESULTS-gpu.md").write_text(page(bench, rates, device, number + 1))
 
 
