@@ -68,17 +68,15 @@ class TeacherHost:
     def answer(self, questions: list[Question], epoch: int) -> None:
         """Write this source's soft targets of some steps of an epoch into its slices of their flat buffers."""
         with self._frozen():
-            # Each image crosses to the device once, whatever the number of teachers that are asked about it.
-            seen = [(positions, to_device(views, self.device))
-                    for positions, views in (self._views(question, epoch) for question in questions)]
+            positions, images = self._seen(questions, epoch)
+            first = np.cumsum([0, *map(len, positions)])  # of each question's images
             begun = []  # all teachers, before the first is waited for: a device has work as long as there is any
             for index in self.networks:
                 rows = [np.flatnonzero((q.routes.source == self.source) & (q.routes.teacher == index)) for q in questions]
-                images = torch.cat([views[to_device(torch.from_numpy(np.searchsorted(positions, q.routes.position[own])),
-                                                    self.device)]
-                                    for q, own, (positions, views) in zip(questions, rows, seen)])
-                if len(images):
-                    begun.append((index, rows, self._begin(index, images)))
+                asked = np.concatenate([start + np.searchsorted(there, q.routes.position[own])
+                                        for q, own, start, there in zip(questions, rows, first, positions)])
+                if len(asked):
+                    begun.append((index, rows, self._begin(index, _rows(images, asked))))
         for index, rows, answers in begun:
             logits = self._finite(index, answers)
             if not self.sends:
@@ -89,12 +87,14 @@ class TeacherHost:
             for question, own, part in zip(questions, rows, logits.split([len(own) for own in rows])):
                 question.write(own, part)
 
-    def _views(self, question: Question, epoch: int) -> tuple[np.ndarray, torch.Tensor]:
-        """Positions in the batch that this source is asked about, ascending, and their views."""
-        positions = np.unique(question.routes.position[question.routes.source == self.source])
-        if question.images is not None:
-            return positions, question.images
-        return positions, self.views.batch(torch.from_numpy(question.ids[positions]), epoch)
+    def _seen(self, questions: list[Question], epoch: int) -> tuple[list[np.ndarray], torch.Tensor]:
+        """Of each question the positions in its batch that this source is asked about, ascending, and all their views on
+        the device, to which each crosses once, whatever the number of teachers that are asked about it.
+        """
+        positions = [np.unique(q.routes.position[q.routes.source == self.source]) for q in questions]
+        views = [to_device(self.views.batch(torch.from_numpy(q.ids[own]), epoch) if q.images is None
+                           else q.images[:len(own)], self.device) for q, own in zip(questions, positions)]
+        return positions, views[0] if len(views) == 1 else torch.cat(views)
 
     def forward(self, index: int, images: torch.Tensor) -> torch.Tensor:
         """Centred logits of any number of images on the host, fp16 [images, classes of the teacher], there as well.
@@ -129,6 +129,13 @@ class TeacherHost:
                              "what fp16 holds (65504): its training diverged, so train it again in another "
                              "--run-folder with a lower teachers.lr or with teachers.warmup_steps")
         return logits
+
+
+def _rows(images: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+    """images[rows], without a copy where these are all."""
+    if np.array_equal(rows, np.arange(len(images))):
+        return images
+    return images[to_device(torch.from_numpy(rows), images.device)]
 
 
 def in_dtype(network: Network, bf16: bool) -> Network:

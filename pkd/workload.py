@@ -114,7 +114,7 @@ class Workload:
     @property
     def host_memory(self) -> float:
         """Bytes of a rank that answers for teachers, besides their weights (and besides what it trains)."""
-        return self.teacher_memory + self.together * self.batch * self.image
+        return self.teacher_memory + 2 * self.together * self.batch * self.image  # all images, and one teacher's of them
 
     @property
     def slots(self) -> float:

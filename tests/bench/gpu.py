@@ -23,6 +23,7 @@ import yaml
 from pkd.bench import Program, Trial, spread, take_turns
 from pkd.cost import network_cost
 from pkd.devices import device_like
+from pkd.files import write_json
 from pkd.metrics import enough, steady
 from pkd.recipe import Model
 from pkd.vision import torchvision
@@ -82,9 +83,8 @@ class Bench:
         self.ours = enough(2 * ask.steps + AHEAD, AHEAD, ANSWERS["answer_steps"])
         self.memory: dict[str, int] = {}
         began = time.perf_counter()
-        if not (self.taught / "teachers").exists():
-            Trial(folder, [str(self.recipe)], 1).phase("teach", run=self.taught)
-            Trial(folder, [str(self.recipe)], 1).phase("archive", run=self.taught)
+        for phase in ("teach", "archive"):  # what is there is kept
+            Trial(folder, [str(self.recipe)], 1).phase(phase, run=self.taught)
         print(f"taught and archived in {time.perf_counter() - began:.0f} s", flush=True)
 
     def pkd(self, name: str, ranks: int, *changes: str) -> Program:
@@ -92,7 +92,7 @@ class Bench:
             alone = NO_TEACHERS in changes or "soft_targets=archive" in changes
             trial = Trial(self.folder, [str(self.recipe), f"teachers_from={self.taught}"], ranks)
             line = trial.distill(self.ask.steps if alone else self.ours, *changes)
-            self.memory[name] = int(max(line["peak_memory_bytes"].values()))
+            self.memory[name] = int(sum(line["peak_memory_bytes"].values()))  # of the ranks on the one GPU
             return line["steady_images_per_second"]
         return Program(name, run)
 
@@ -125,10 +125,8 @@ def page(bench: Bench, rates: dict[str, list[float]], device: str, rounds: int) 
     train, forward = flops(ask.size)
     work = {name: train + forward * (0 if name in ("students alone", "pkd archive") else
                                      len(STUDENTS) if name.startswith("published") else 1) for name in rates}
-    commit = ask.commit or subprocess.run(["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True,
-                                          text=True).stdout.strip()
     lines = ["# On a GPU", "",
-             HEAD.format(rounds=rounds, steps=ask.steps, batch=ask.batch, size=ask.size, commit=commit, device=device,
+             HEAD.format(rounds=rounds, steps=ask.steps, batch=ask.batch, size=ask.size, commit=ask.commit, device=device,
                          cores=os.cpu_count(), torch=torch.__version__, vision=torchvision.__version__, ours=bench.ours,
                          timed=len(steady(0, bench.ours, AHEAD, ANSWERS["answer_steps"])), students=ask.students,
                          peak=peak / 1e12, **ANSWERS),
@@ -159,21 +157,30 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="of the baselines; pkd takes a GPU where there is one")
     parser.add_argument("--commit", default="", help="what is measured, where there is no git to tell")
     ask = parser.parse_args()
+    ask.commit = ask.commit or subprocess.run(["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, text=True,
+                                              capture_output=True).stdout.strip()
     device = torch.cuda.get_device_name() if ask.device == "cuda" else "cpu"
     with tempfile.TemporaryDirectory(prefix="pkd-gpu-") as temporary:
         folder = ask.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         bench = Bench(folder, ask)
         kept = folder / "rates.json"  # of an earlier start with the same --folder
+        what = {key: value for key, value in vars(ask).items() if key not in ("rounds", "folder")}
         rates = {program.name: [] for program in bench.programs()}
         if kept.exists():
-            rates, bench.memory = json.loads(kept.read_text())
+            before, rates, bench.memory = json.loads(kept.read_text())
+            if before != what:
+                sys.exit(f"{folder} holds figures of {before}: give another --folder")
+
+        def write(rounds: int) -> None:
+            (HERE / "RESULTS-gpu.md").write_text(page(bench, rates, device, rounds))
         for number in range(min(map(len, rates.values())), ask.rounds):
             for program in bench.programs()[::-1 if number % 2 else 1]:
                 if len(rates[program.name]) == number:
                     rates[program.name] += take_turns([program], 1, lambda text: print(text, flush=True))[program.name]
-                    kept.write_text(json.dumps([rates, bench.memory]))
-            (HERE / "RESULTS-gpu.md").write_text(page(bench, rates, device, number + 1))
+                    write_json(kept, [what, rates, bench.memory])
+            write(number + 1)
+        write(min(map(len, rates.values())))  # also where all rounds were there before
 
 
 if __name__ == "__main__":

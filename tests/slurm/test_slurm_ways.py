@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 from ranks import run, students, teachers, trace
 from slurm_run import SlurmRun
 
@@ -42,8 +43,11 @@ def test_each_script_for_one_machine_gives_the_same_students_in_an_allocation_of
 
 def test_launch_submits_a_chain_and_a_failed_teacher_cancels_what_waits_for_it(cluster, tiny, taught, tmp_path):
     """Also: the same command afterwards submits only what is left."""
-    folder = tmp_path / "run"
-    launch = ("python", "-m", "pkd", "launch", tiny, "--run-folder", folder, "--on", "slurm", "--ranks-per-node", 2,
+    folder, recipe = tmp_path / "run", yaml.safe_load(tiny.read_text())
+    recipe["pyramid"].pop()  # each of the lowest level's teachers would be a task more, of a kind that level 1 has
+    small = tmp_path / "small.yaml"
+    small.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    launch = ("python", "-m", "pkd", "launch", small, "--run-folder", folder, "--on", "slurm", "--ranks-per-node", 2,
               f"--sbatch=--output={tmp_path}/%x-%a.log")
     wrong = folder / "teachers" / "level1-1.json"
     wrong.parent.mkdir(parents=True)
@@ -65,7 +69,7 @@ def test_launch_submits_a_chain_and_a_failed_teacher_cancels_what_waits_for_it(c
     jobs = json.loads((folder / "jobs.json").read_text())
     assert set(jobs) == {"teach-specialists", "distill", "evaluate"}
     assert cluster.wait(int(jobs["evaluate"]), 180) == "COMPLETED"
-    assert teachers(folder) == teachers(taught)
+    assert len(teachers(folder)) == 3 and teachers(folder).items() <= teachers(taught).items()
     assert json.loads((folder / "summary.json").read_text())["complete"]
     with pytest.raises(RuntimeError, match=r"exit code 2.*belongs to another recipe"):
         cluster.slurm(*launch, "seed=1", cwd=tmp_path)

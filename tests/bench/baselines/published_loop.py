@@ -17,7 +17,7 @@ def main() -> None:
 
     def step(index: int) -> list[torch.Tensor]:
         images, labels = problem.batch(index)
-        routes = [torch.isin(labels, classes).nonzero()[:, 0].to(device) for classes in problem.classes]
+        routes = [to_device(torch.isin(labels, classes).nonzero()[:, 0], device) for classes in problem.classes]
         images, labels = to_device(images, device), to_device(labels, device)
         problem.same_draws(index)
         with problem.autocast():
