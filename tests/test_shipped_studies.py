@@ -1,0 +1,29 @@
+"""The studies that launch/studies.sh keeps: results are of their study's recipe, study.json is what they say together."""
+
+import json
+from pathlib import Path
+
+import pytest
+from ranks import REPOSITORY
+
+from pkd.files import read_json
+from pkd.recipe_file import identity, load_recipe
+from pkd.study.figures import aggregate
+from pkd.study.results import read_results
+
+STUDIES = sorted(path.parent for path in (REPOSITORY / "launch" / "studies").glob("*/recipe.yaml"))
+
+
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
+def test_what_a_kept_study_says_follows_from_its_results(folder: Path):
+    said = read_json(folder / "study.json")
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    fingerprints = {read_json(path)["fingerprint"] for path in folder.glob("results/*.json")}
+    assert len(fingerprints) == 1, "all arms and seeds saw the same images and split"
+    results = read_results(folder, identity(recipe.model_copy(update={"seed": 0})), fingerprints.pop())
+    found = aggregate(recipe.name, results, list(said["arms"]), said["seeds"], said["pyramid_flops"], said["classes"])
+    for key, value in json.loads(json.dumps(found)).items():
+        if key not in ("written", "complete", "missing"):  # which say when, and what was asked for
+            assert said[key] == value, key
+    assert said["test_readings"] == len(results), "the test images are read once an arm and seed"
+    assert all(0.2 < own["networks"]["ensemble"]["accuracy"][0] <= 1 for own in said["arms"].values())
