@@ -97,7 +97,7 @@ class TeacherHost:
         return positions, views[0] if len(views) == 1 else torch.cat(views)
 
     def forward(self, index: int, images: torch.Tensor) -> torch.Tensor:
-        """Centred logits of any number of images on the host, fp16 [images, classes of the teacher], there as well.
+        """Centred logits, fp16 [images, classes of the teacher] on the host, of any number of images, which are there too.
 
         Raises LocalError if not finite.
         """
