@@ -34,16 +34,16 @@ SECONDS, TIMES = 0.3, 5  # each part is timed so long and so often at least
 LARGE = 2**22  # bytes of the large message
 
 
-def calibrated(job: Job, schedule: Schedule, views: Views, ballot: Ballot,
+def calibrated(job: Job, schedule: Schedule, views: Views, ballot: Ballot, online: bool,
                measure: bool) -> Callable[[Timings], Timings]:
-    """Puts measured seconds in the place of estimated ones; a collective over all ranks.
+    """Puts measured seconds in the place of estimated ones; a collective over all ranks. online: whether teachers are asked.
 
     They are from the cache as far as they are in it. Estimates stay for students that do not fit one rank alone, which
     cannot be timed before they are placed; and everywhere if something is not in the cache and is not to be measured now.
     """
     world = job.world
-    plan = world.first("calibration: plan", lambda: _plan(job))
-    keys = Keys(job.recipe, job.pyramid, job.data, plan["where"], world.size)
+    plan = world.first("calibration: plan", lambda: _plan(job, online))
+    keys = Keys(job.recipe, job.pyramid, job.data, plan["where"], world.size, online)
     if plan["missing"] and not measure:
         return lambda estimates: estimates
     missing = [key for key in keys.all() if digest(key) in plan["missing"]]
@@ -78,7 +78,7 @@ def calibrated(job: Job, schedule: Schedule, views: Views, ballot: Ballot,
     return partial(keys.timings, world.first("calibration: figures of all", decide))
 
 
-def _plan(job: Job) -> dict:
+def _plan(job: Job, online: bool) -> dict:
     """Which ranks measure, and what; for rank 0. Of each node as many ranks as its cores hold."""
     check_batch(job.recipe.distill.batch, 1, job.recipe.placement.accumulation)
     where_of, cores = nodes(job.hardware), cores_per_node(job.hardware)
@@ -89,7 +89,7 @@ def _plan(job: Job) -> dict:
             taken[node] += 1
             ranks.append(rank)
     where = surroundings(sorted({one.device for one in job.hardware}), max(taken), len(ranks))
-    every = Keys(job.recipe, job.pyramid, job.data, where, job.world.size).all()
+    every = Keys(job.recipe, job.pyramid, job.data, where, job.world.size, online).all()
     there = cached(every)
     return {"where": where, "ranks": ranks, "missing": [digest(key) for key in every if digest(key) not in there]}
 

@@ -1,5 +1,6 @@
 """Everything that both loops of a distillation share, made in the same order on every rank."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from pkd.joined import Joined
 from pkd.models import Network
 from pkd.network_file import fresh, open_teacher, read_teacher, teacher_hash
 from pkd.objective import asked, constants
-from pkd.placement import Placement, Source, chooses, describe, place, without_teachers
+from pkd.placement import Placement, Source, chooses, describe, group_options, place, without_teachers
 from pkd.pyramid import Teacher
 from pkd.recipe_file import digest
 from pkd.row_format import row_formats
@@ -157,17 +158,19 @@ class Setup:
             return tree["placement"] if fits else None
         found = world.first("placement before", before)
         if found is None:
-            measured = None
-            if self.asked and self.archive is None and world.size > 1:
-                measured = calibrated(job, self.schedule, self.views, self.ballot, chooses(recipe, world.size))
+            measured, online = None, bool(self.asked) and self.archive is None
+            wanted = without_teachers(recipe) if self.archive else recipe
+            decides = chooses(wanted, world.size) if online else len(group_options(wanted, world.size)) > 1
+            if world.size > 1 and (online or decides):
+                measured = calibrated(job, self.schedule, self.views, self.ballot, online, decides)
 
             def decide():
                 device = device_like(job.hardware[0].device)
                 timings = estimated(recipe, job.pyramid, self.data, device)
                 timings = measured(timings) if measured else timings
-                wanted = recipe, workload(recipe, job.pyramid, self.data, timings, device.runtime)
-                wanted = without_teachers(*wanted) if self.archive else wanted
-                placement = place(wanted[0], world.size, wanted[1], known_ranks(job.hardware, recipe.threads)).to_json()
+                work = workload(recipe, job.pyramid, self.data, timings, device.runtime)
+                work = replace(work, teachers={}) if self.archive else work
+                placement = place(wanted, world.size, work, known_ranks(job.hardware, recipe.threads)).to_json()
                 write_json(path, {"wish": wish(), "placement": placement})
                 return placement
             found = world.first("placement", decide)

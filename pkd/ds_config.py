@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from pkd.errors import UserError, nearest
@@ -47,11 +48,26 @@ def _kind() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@contextlib.contextmanager
+def _missing(module: str):
+    """Within, an import of a module fails that was not imported before."""
+    absent = module not in sys.modules
+    if absent:
+        sys.modules[module] = None
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules[module]
+
+
 def import_deepspeed():
     """The module, told not to compile the shared-memory operator of its CPU back end, which takes a minute and a C++
     compiler and is never used by training or gathering; nor Muon, which pkd does not use: the first engine imports it, and
-    to decorate it loads all of torch's compiler, seconds of every rank's start."""
-    import deepspeed
+    to decorate it loads all of torch's compiler, seconds of every rank's start. Its autotuner, never used either,
+    does without MLflow where that is not installed, and takes another second where it is."""
+    with _missing("mlflow"):
+        import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     before = os.environ.get("TORCHDYNAMO_DISABLE")

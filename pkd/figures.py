@@ -29,6 +29,7 @@ class Keys:
     data: DataSet
     where: dict  # the devices, and how many ranks of a node measure at the same time
     world: int
+    online: bool  # whether teachers are asked
 
     def forward(self, teacher: Teacher) -> dict:
         """Seconds of a forward of one block."""
@@ -66,7 +67,7 @@ class Keys:
 
     def all(self) -> list[dict]:
         """Without repetition, in an order that all ranks share."""
-        names = asked(self.recipe.objective.kind, self.pyramid)
+        names = asked(self.recipe.objective.kind, self.pyramid) if self.online else []
         keys = [self.view(), self.links(), *(self.forward(self.pyramid.teachers[index]) for index in names), self.train()]
         if self.where["ranks"] > 1 and self.where["devices"] == ["cpu"]:  # NCCL wants a GPU for each rank
             keys.append(self.sync())
@@ -91,7 +92,7 @@ class Keys:
         rate = 2 * (self.world - 1) / self.world * size / max(large - small, 1e-9)
         hops = 2 * max(1, (self.world - 1).bit_length())
         links = replace(otherwise.links, bandwidth=rate, latency=small / hops)
-        return Timings(blocks, micro, row, figures[digest(self.view())][0], routes, links, sync, "measured")
+        return Timings(blocks, micro, row, otherwise.parts, figures[digest(self.view())][0], routes, links, sync, "measured")
 
     def _model(self, model) -> dict:
         return {**part(model, free=False), "weights": None}

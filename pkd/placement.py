@@ -10,14 +10,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 
 from pkd.errors import UserError, nearest
-from pkd.planner import Planner
+from pkd.planner import Planner, rounded
 from pkd.rank_map import RankMap, Ranks
 from pkd.recipe import Recipe
 from pkd.schedule import SAMPLES_PER_RANK
 from pkd.shards import Group, needed_shards, shard_groups, wanted_shards
 from pkd.share import share_out
 from pkd.simulator import simulate
-from pkd.student_groups import check_groups
+from pkd.student_groups import check_groups, useful
 from pkd.workload import Workload
 
 TRIED = 16  # numbers of student ranks at most where teachers lie in shards
@@ -87,10 +87,13 @@ def place(recipe: Recipe, world: int, work: Workload, known: Ranks | None = None
         raise UserError(f"placement.replicas names {unknown[0]!r}, but the teachers asked are "
                         f"{', '.join(work.teachers) or 'none'}{nearest(unknown[0], work.teachers)}")
     check_groups(work.groups, len(recipe.students), min(work.groups, world))
-    if not work.teachers or not chooses(recipe, world):
+    options = group_options(recipe, world) if known.apart(range(world)) else [work.groups]
+    if not work.teachers:
+        return _all_train(recipe, world, work, known, options)
+    if not chooses(recipe, world):
         return _as_told(recipe, world, work, known)
     try:
-        return _planned(recipe, world, work, known)
+        return _planned(recipe, world, work, known, options)
     except UserError:  # whole teachers do not fit; in shards they may
         if known.memory and needed_shards(work.sizes, [known.usable(rank) for rank in range(world)]):
             return _in_shards(recipe, world, work, known)
@@ -103,17 +106,54 @@ def chooses(recipe: Recipe, world: int) -> bool:
     return wish.kind == "auto" and wish.student_ranks is None and not wish.shards and world > 1
 
 
-def without_teachers(recipe: Recipe, work: Workload) -> tuple[Recipe, Workload]:
-    """What to place where soft targets come from an archive: nobody asks a teacher; none has replicas or shards."""
-    wish = recipe.placement.model_copy(update={"replicas": {}, "shards": {}})
-    return recipe.model_copy(update={"placement": wish}), replace(work, teachers={})
-
-
-def _planned(recipe: Recipe, world: int, work: Workload, known: Ranks) -> Placement:
+def group_options(recipe: Recipe, world: int) -> list[int]:
+    """The numbers of groups of students that pkd chooses from."""
     wish = recipe.placement
-    choice = Planner(work, world, wish.accumulation, wish.replicas, known).choose()
+    if wish.student_groups or not chooses(recipe, world):
+        return [wish.student_groups or 1]
+    return [groups for groups in useful(len(recipe.students)) if groups <= world]
+
+
+def without_teachers(recipe: Recipe) -> Recipe:
+    """What to place where soft targets come from an archive: no teacher has replicas or shards."""
+    wish = recipe.placement.model_copy(update={"replicas": {}, "shards": {}})
+    return recipe.model_copy(update={"placement": wish})
+
+
+def check_all_train(recipe: Recipe, world: int) -> None:
+    """Raises UserError where a recipe without_teachers cannot train on every rank."""
+    wish, refusals = recipe.placement, []
+    for groups in group_options(recipe, world):
+        try:
+            check_groups(groups, len(recipe.students), world)
+            return check_batch(recipe.distill.batch, world, wish.accumulation, groups)
+        except UserError as error:
+            refusals.append(error)
+    raise refusals[0]
+
+
+def _planned(recipe: Recipe, world: int, work: Workload, known: Ranks, groups: list[int]) -> Placement:
+    """groups: numbers of groups of students to choose from."""
+    wish = recipe.placement
+    choice = Planner(work, world, wish.accumulation, wish.replicas, known).choose(groups)
     return Placement(choice.map.kind, world, choice.map.students, wish.accumulation,
-                     tuple(_sources(choice.map.hosted, work)), work.groups, known.nodes, choice.why)
+                     tuple(_sources(choice.map.hosted, work)), choice.groups, known.nodes, choice.why)
+
+
+def _all_train(recipe: Recipe, world: int, work: Workload, known: Ranks, groups: list[int]) -> Placement:
+    """Where no teacher is asked; in that of these numbers of groups of students that has the shortest predicted step."""
+    accumulation, steps = recipe.placement.accumulation, {}
+    for count in groups if len(groups) > 1 else ():
+        dealt = replace(work, groups=count)
+        if Planner(dealt, world, accumulation, {}, known).trains(world):
+            steps[count] = simulate(RankMap(world, world, {}).system(dealt, accumulation, known)).step
+    if not steps:
+        return _as_told(recipe, world, replace(work, groups=groups[0]), known)
+    best = min(steps, key=lambda count: (rounded(steps[count]), count))
+    others = "; ".join(f"in {count} {1000 * step:.3g} ms" for count, step in steps.items() if count != best)
+    why = (f"auto: the students in {best} group(s), {1000 * steps[best]:.3g} ms a step predicted ({work.source})"
+           + f"; {others}" * bool(others))
+    return replace(_as_told(recipe, world, replace(work, groups=best), known), why=why)
 
 
 def _in_shards(recipe: Recipe, world: int, work: Workload, known: Ranks) -> Placement:
@@ -130,7 +170,7 @@ def _in_shards(recipe: Recipe, world: int, work: Workload, known: Ranks) -> Plac
             one = _as_told(recipe.model_copy(update={"placement": told}), world, work, known)
             if trains(students):
                 step = simulate(one.rank_map().system(work, wish.accumulation, known)).step
-                found.append((float(f"{step:.3g}"), -students, one))
+                found.append((rounded(step), -students, one))
     if not found:
         return _as_told(recipe, world, work, known)
     step, _, chosen = min(found, key=lambda one: one[:2])
@@ -239,7 +279,7 @@ def _kind_and_students(recipe: Recipe, world: int, teachers: int) -> tuple[str, 
                         "start more (torchrun --nproc_per_node 2) or set placement.kind=single")
     if kind != "dedicated":
         return kind, world
-    groups = wish.student_groups
+    groups = wish.student_groups or 1
     students = wish.student_ranks or max(groups, world // 2 // groups * groups)
     if students >= world:
         raise UserError(f"placement.student_ranks is {students}, which leaves {max(0, world - students)} of {world} "

@@ -13,7 +13,7 @@ from pkd.devices import device_like, device_named
 from pkd.ds_config import AUTO
 from pkd.figures import Keys, cached, surroundings
 from pkd.hardware import Hardware, cores_per_node, hardware, known_ranks
-from pkd.placement import Placement, place, without_teachers
+from pkd.placement import Placement, group_options, place, without_teachers
 from pkd.planner import next_rank
 from pkd.pyramid import Pyramid, build_pyramid, foreseen
 from pkd.rank_map import Ranks
@@ -43,8 +43,9 @@ def plan(recipe: Recipe, world: int, console: Console, device: str | None = None
     work, known = _workload(recipe, pyramid, data, ranks, device, here)
     wish = recipe
     if recipe.soft_targets == "archive":
-        wish, work = without_teachers(recipe, work)
+        wish, work = without_teachers(recipe), replace(work, teachers={})
     placement = place(wish, world, work, known)
+    work = replace(work, groups=placement.groups)
     system = placement.rank_map().system(work, placement.accumulation, known)
     predicted = simulate(system)
     ranks = _ranks(placement, work, system, predicted)
@@ -53,9 +54,11 @@ def plan(recipe: Recipe, world: int, console: Console, device: str | None = None
         "placement": placement.to_json(), "seconds": work.source, "ranks": ranks, "step_ms": 1000 * predicted.step,
         "idle": {role: predicted.idle(role) for role in dict.fromkeys(rank["role"] for rank in ranks)},
         "bound_by": max(bounds, key=bounds.get),
-        "next_rank": next_rank(work, placement.rank_map(), placement.accumulation, known, predicted.step),
+        "next_rank": next_rank(work, placement.rank_map(), placement.accumulation, known, predicted.step,
+                               group_options(wish, world + 1)),
     }
-    console.show(_table(f"{recipe.name} on {world} rank(s): {placement.kind}", ranks))
+    groups = f", students in {placement.groups} groups" if placement.groups > 1 else ""
+    console.show(_table(f"{recipe.name} on {world} rank(s): {placement.kind}{groups}", ranks))
     console.say("\n".join([placement.why] * bool(placement.why) + [
         f"a step of {work.batch} samples takes {1000 * predicted.step:.3g} ms ({work.source}), "
         f"{len(data.splits['train']) // work.batch} of them are an epoch; it is bound by {found['bound_by']}, idle are "
@@ -76,7 +79,8 @@ def _workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, ranks: list[Hardw
         cores = cores_per_node(ranks[:1])
         known = known_ranks(ranks, recipe.threads) if here else Ranks(cores=cores, threads=recipe.threads)
         busy = torch.cuda.device_count() or max(1, int(cores[0]) // recipe.threads)
-        keys = Keys(recipe, pyramid, data, surroundings([ranks[0].device], min(world, busy), min(world, busy)), world)
+        keys = Keys(recipe, pyramid, data, surroundings([ranks[0].device], min(world, busy), min(world, busy)), world,
+                    recipe.soft_targets != "archive")
         figures = cached(keys.all())
         if all(digest(key) in figures for key in keys.all()):
             timings = keys.timings(figures, timings)

@@ -1,11 +1,12 @@
-"""placement `auto`: teachers on ranks of their own or with the students, and how many ranks train; pure.
+"""placement `auto`: teachers on ranks of their own or with the students, how many ranks train, in how many groups; pure.
 
 Every candidate has a bound that no step can beat (RankMap.system, System.bound). Those are simulated whose bound is
 below the best step found so far.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from pkd.errors import UserError
 from pkd.rank_map import USABLE, RankMap, Ranks
@@ -22,9 +23,25 @@ SIMULATED = 30  # candidates at most; mostly the first few decide
 @dataclass(frozen=True)
 class Choice:
     map: RankMap
+    groups: int  # of students
     system: System
     predicted: Prediction
     why: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    map: RankMap
+    groups: int
+    system: System
+
+    @property
+    def key(self) -> tuple:
+        """Bounds that agree to 3 digits are equal: then rather use all ranks, keep teachers apart, train on few, in one
+        group.
+        """
+        ranks = self.map
+        return rounded(self.system.bound()), -ranks.used, ranks.kind == "co-located", ranks.students, self.groups
 
 
 @dataclass(frozen=True)
@@ -35,24 +52,26 @@ class Planner:
     fixed: dict[str, int]  # teacher -> replicas asked for
     known: Ranks
 
-    def choose(self) -> Choice:
-        """The placement with the shortest predicted step. Raises UserError where none fits."""
-        found = self._candidates()
+    def choose(self, groups: Iterable[int] = ()) -> Choice:
+        """The placement with the shortest predicted step. groups: numbers of groups of students that it may have, by default
+        what the workload says. Raises UserError where none fits.
+        """
+        planners = [replace(self, work=replace(self.work, groups=count)) for count in groups] or [self]
+        found = [candidate for planner in planners for candidate in planner._candidates()]
         if not found:
-            if self._feasible():
-                self._shares(self.world, [math.inf] * self.world)  # raises where it is the replicas that do not fit
-            raise UserError(self._why_none())
-        # Bounds that agree to 3 digits are equal: then rather use all ranks, keep teachers apart, and train on few.
-        found.sort(key=lambda c: (_rounded(c[1].bound()), -c[0].used, c[0].kind == "co-located", c[0].students))
-        ranks, system, predicted = *found[0], simulate(found[0][1])
-        for other, trial in found[1:SIMULATED]:
-            if _rounded(trial.bound()) >= _rounded(predicted.step):
+            for planner in planners:
+                if planner._feasible():
+                    planner._shares(self.world, [math.inf] * self.world)  # raises where it is the replicas that do not fit
+            raise UserError(planners[0]._why_none())
+        found.sort(key=lambda candidate: candidate.key)
+        best, predicted = found[0], simulate(found[0].system)
+        for other in found[1:SIMULATED]:
+            if rounded(other.system.bound()) >= rounded(predicted.step):
                 break  # none of those that follow can be faster
-            step = simulate(trial)
-            if _rounded(step.step) < _rounded(predicted.step):
-                ranks, system, predicted = other, trial, step
-        others = [(other.kind, s.bound()) for other, s in found if other.kind != ranks.kind]
-        return Choice(ranks, system, predicted, self._why(ranks, predicted, others[:1]))
+            step = simulate(other.system)
+            if rounded(step.step) < rounded(predicted.step):
+                best, predicted = other, step
+        return Choice(best.map, best.groups, best.system, predicted, self._why(best, predicted, found))
 
     def rank_map(self, students: int, hosts: int) -> RankMap | None:
         """Teachers on `hosts` ranks after the students, or on all ranks if all train; None if they do not fit."""
@@ -66,7 +85,7 @@ class Planner:
             return None
         return RankMap(self.world, students, {rank: names for rank, (names, _) in zip(ranks, shares) if names})
 
-    def _candidates(self) -> list[tuple[RankMap, System]]:
+    def _candidates(self) -> list[Candidate]:
         feasible = self._feasible()
         pairs = [(self.world, 0)] if self.world in feasible else []
         if self.world <= SMALL:
@@ -78,7 +97,7 @@ class Planner:
             ranks = self.rank_map(students, hosts)
             if ranks and ranks not in maps:  # more hosts than shares leave some without a teacher
                 maps.append(ranks)
-        return [(ranks, ranks.system(self.work, self.accumulation, self.known)) for ranks in maps]
+        return [Candidate(ranks, self.work.groups, ranks.system(self.work, self.accumulation, self.known)) for ranks in maps]
 
     def _promising(self, students: list[int]) -> list[int]:
         """Of many numbers of student ranks, the few whose least possible step is the shortest."""
@@ -106,14 +125,18 @@ class Planner:
         work = self.work
         return share_out(work.costs, hosts, self.fixed, work.most, work.sizes, room, work.blocks, idle=True)
 
-    def _why(self, ranks: RankMap, predicted: Prediction, others: list[tuple[str, float]]) -> str:
-        text = (f"auto: {ranks.students} of {self.world} ranks train, {ranks.kind} with the teachers: "
+    def _why(self, best: Candidate, predicted: Prediction, found: list[Candidate]) -> str:
+        ranks = best.map
+        groups = f" in {best.groups} groups of students" if best.groups > 1 else ""
+        text = (f"auto: {ranks.students} of {self.world} ranks train{groups}, {ranks.kind} with the teachers: "
                 f"{1000 * predicted.step:.3g} ms a step predicted ({self.work.source}), students idle "
                 f"{100 * predicted.idle('student'):.0f} %")
         if ranks.kind == "dedicated":
             text += f", teachers {100 * (1 - predicted.busy[sorted(ranks.hosted)].mean()):.0f} %"
-        for kind, seconds in others:
-            text += f"; {kind} would take {1000 * seconds:.3g} ms at least"
+        for other in [one for one in found if one.map.kind != ranks.kind][:1]:
+            text += f"; {other.map.kind} would take {1000 * other.system.bound():.3g} ms at least"
+        for other in [one for one in found if one.groups == 1][:1] if groups else ():
+            text += f"; students in one group {1000 * other.system.bound():.3g} ms at least"
         if ranks.used < self.world:
             text += (f". {self.world - ranks.used} rank(s) have nothing to do: more would not make a step of "
                      f"{self.work.batch} samples faster, so start fewer, or raise distill.batch")
@@ -133,26 +156,30 @@ class Planner:
                 "ranks, raise placement.accumulation or the ZeRO stage, or set placement.kind yourself")
 
 
-def next_rank(work: Workload, ranks: RankMap, accumulation: int, known: Ranks, step: float) -> str:
-    """Where one more rank, on a node of its own, would shorten a step of so many seconds most; in a few words."""
+def next_rank(work: Workload, ranks: RankMap, accumulation: int, known: Ranks, step: float,
+              groups: Iterable[int] = ()) -> str:
+    """Where one more rank, on a node of its own, would shorten a step of so many seconds most; in a few words. groups: as in
+    Planner.choose.
+    """
     if ranks.shards:
         return "to a place that was not looked for, as teachers lie in shards"
     more = Ranks(known.memory + known.memory[-1:], (*known.nodes, max(known.nodes) + 1) if known.nodes else (),
                  known.cores + known.cores[-1:] if known.nodes else known.cores, known.threads,
                  (*known.devices, max(known.devices) + 1) if known.devices else ())
-    planner = Planner(work, ranks.world + 1, accumulation, {}, more)
     hosts = len(ranks.hosted)
     wishes = [("to the students", ranks.students + 1, hosts)]
     if ranks.kind == "dedicated":
         wishes.append(("to the teachers", ranks.students, hosts + 1))
     found = [(step, f"nowhere: no step of {work.batch} samples gets shorter")]
-    for where, students, count in wishes:
-        trial = planner.rank_map(students, count) if planner.trains(students) else None
-        if trial:
-            shorter = simulate(trial.system(work, accumulation, more)).step
-            found.append((1.01 * shorter, f"{where}, for {1000 * shorter:.3g} ms a step"))
+    for dealt in [replace(work, groups=count) for count in groups] or [work]:
+        planner = Planner(dealt, ranks.world + 1, accumulation, {}, more)
+        for where, students, count in wishes:
+            trial = planner.rank_map(students, count) if planner.trains(students) else None
+            if trial:
+                shorter = simulate(trial.system(dealt, accumulation, more)).step
+                found.append((1.01 * shorter, f"{where}, for {1000 * shorter:.3g} ms a step"))
     return min(found)[1]
 
 
-def _rounded(seconds: float) -> float:
+def rounded(seconds: float) -> float:
     return float(f"{seconds:.3g}")

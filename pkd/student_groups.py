@@ -36,6 +36,12 @@ class Grouping:
         return list(range(group, self.students, self.groups))
 
 
+def useful(students: int) -> list[int]:
+    """Numbers of groups of which each makes the largest group smaller than all before."""
+    largest = [-(-students // groups) for groups in range(1, students + 1)]
+    return [1, *(groups for groups in range(2, students + 1) if largest[groups - 1] < largest[groups - 2])]
+
+
 def check_groups(groups: int, students: int, ranks: int) -> None:
     """Raises UserError where a group would have no student, or others would have more ranks."""
     if groups > students:

@@ -23,6 +23,7 @@ class Timings:
     blocks: dict[str, float]  # teacher -> a forward of one block of rows
     micro: float  # a student micro batch, whatever its rows
     row: float  # each of its rows
+    parts: tuple[float, ...]  # a student's part of these two, by estimate
     view: float  # to read, decode and augment one image
     step: float = 1e-3  # every rank's bookkeeping in a step
     links: Links = field(default_factory=Links)
@@ -38,15 +39,16 @@ def estimated(recipe: Recipe, pyramid: Pyramid, data: DataSet, device: Device, v
                                            recipe.answer_rows, bf16)
               for teacher in pyramid.teachers}
     costs, half = _students(recipe, data), arithmetic(load_ds_config(recipe.deepspeed.students)) != "fp32"
-    few, many = ((1 + BACKWARD) * sum(device.forward(cost, rows, half) for cost in costs) for rows in (8, BLOCK))
-    row = (many - few) / (BLOCK - 8)
+    few, each = ([(1 + BACKWARD) * device.forward(cost, rows, half) for cost in costs] for rows in (8, BLOCK))
+    row = (sum(each) - sum(few)) / (BLOCK - 8)
     links = Links(gradients=device.link, gradients_latency=device.hop)
-    return Timings(blocks, max(0.0, few - 8 * row), row, view, links=links, source=source)
+    return Timings(blocks, max(0.0, sum(few) - 8 * row), row, tuple(one / sum(each) for one in each), view, links=links,
+                   source=source)
 
 
 def workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, timings: Timings, runtime: float) -> Workload:
-    """runtime: bytes that libraries take on a rank before anything else."""
-    config, own = load_ds_config(recipe.deepspeed.students), constants(recipe, pyramid.levels).own
+    """runtime: bytes that libraries take on a rank before anything else. Students in one group, unless the recipe says."""
+    config, fixed = load_ds_config(recipe.deepspeed.students), constants(recipe, pyramid.levels)
     labels, batch = data.labels[data.splits["train"]].numpy(), recipe.distill.batch
     counts = np.bincount(labels, minlength=len(data.classes))
     teachers, largest, weight = {}, 0, 2 if recipe.teachers.forward == "bf16" else 4
@@ -54,23 +56,25 @@ def workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, timings: Timings, 
     for index in asked(recipe.objective.kind, pyramid):
         teacher = pyramid.teachers[index]
         cost = network_cost(teacher.model, len(teacher.classes), data.channels, data.size)
-        share = counts[list(teacher.classes)].sum() / len(labels) if own else 1.0
+        share = counts[list(teacher.classes)].sum() / len(labels) if fixed.own else 1.0
         teachers[teacher.name] = TeacherWork(timings.blocks[teacher.name], share * batch,
                                              mean_blocks(batch * at_once, share, block) / at_once,
                                              weight * cost.parameters, len(teacher.classes))
         largest = max(largest, *(layer.read + layer.written for layer in cost.layers))
     costs, element = _students(recipe, data), 4 if precision(config) == "fp32" else 2
-    parameters, groups = sum(cost.parameters for cost in costs), recipe.placement.student_groups
-    students = StudentWork(
-        timings.micro / groups, timings.row / groups, parameters // groups,
-        max(len(state_keys(parameter_group(s.name, [], s))) for s in recipe.students),
-        element * sum(cost.activations for cost in costs) / groups)
+    students = tuple(
+        StudentWork(timings.micro * part, timings.row * part, cost.parameters,
+                    len(state_keys(parameter_group(student.name, [], student))), element * cost.activations)
+        for student, cost, part in zip(recipe.students, costs, timings.parts, strict=True))
+    crossing = 4.0 * len(students) * len(data.classes) if any(fixed.ensemble) else 0.0
     links = timings.links
     if timings.sync:
-        links = _ring(links, *timings.sync, parameters * element)
-    return Workload(teachers, students, batch, groups, timings.view, timings.step, recipe.window, recipe.together,
-                    stage(config), element, 4 * block * largest, data.channels * data.size[0] * data.size[1], links,
-                    runtime, timings.source, recipe.teacher_views == "sent", recipe.exchange, block)
+        links = _ring(links, *timings.sync, sum(cost.parameters for cost in costs) * element)
+    return Workload(
+        teachers, students, batch, recipe.placement.student_groups or 1, crossing, timings.view, timings.step, recipe.window,
+        recipe.together, stage(config), element, teacher_memory=4 * block * largest,
+        image=data.channels * data.size[0] * data.size[1], links=links, runtime=runtime, source=timings.source,
+        sent=recipe.teacher_views == "sent", exchange=recipe.exchange, block=block)
 
 
 def _ring(links: Links, ranks: int, seconds: float, size: float) -> Links:

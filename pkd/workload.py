@@ -3,9 +3,12 @@
 Seconds are of one rank alone on its device (on a CPU: on its core). They come from pkd/calibration.py or pkd/devices.py.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+from functools import cached_property
 
 from pkd.schedule import BLOCK
+from pkd.student_groups import Grouping
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class TeacherWork:
 
 @dataclass(frozen=True)
 class StudentWork:
-    """All students of an engine together."""
+    """One student, or all of an engine together."""
 
     micro: float  # seconds of a micro batch, whatever its rows
     row: float  # seconds a row
@@ -40,6 +43,12 @@ class StudentWork:
     def seconds(self, rows: int, accumulation: int) -> float:
         """Of a step of `rows` rows on one rank."""
         return accumulation * self.micro + rows * self.row
+
+    @staticmethod
+    def together(each: Iterable["StudentWork"]) -> "StudentWork":
+        """Of an engine that has all of these."""
+        micro, row, parameters, states, activations = zip(*map(astuple, each))
+        return StudentWork(sum(micro), sum(row), sum(parameters), max(states), sum(activations))
 
 
 @dataclass(frozen=True)
@@ -55,9 +64,10 @@ class Links:
 @dataclass(frozen=True)
 class Workload:
     teachers: dict[str, TeacherWork]  # only those that the objective asks
-    students: StudentWork  # of one group of them, if there are several: its even share
+    each: tuple[StudentWork, ...]  # a student, in the recipe's order
     batch: int
     groups: int = 1  # of students and their ranks
+    crossing: float = 0.0  # bytes a row of what groups tell each other in a step: logits, where there is an ensemble term
     view: float = 0.0  # seconds to read, decode and augment one image
     step: float = 0.0  # seconds of every rank's bookkeeping in a step: routes, votes
     window: int = 2
@@ -93,13 +103,24 @@ class Workload:
         """Replicas of a teacher that can be of use: with more, one would not have a whole block of rows."""
         return -(-self.batch // self.block)
 
+    @cached_property
+    def students(self) -> StudentWork:
+        """What an engine has to do at most: the largest of each figure over the groups that students are dealt to."""
+        dealt = Grouping(self.groups, self.groups, len(self.each))
+        groups = [StudentWork.together(self.each[i] for i in dealt.members(group)) for group in range(self.groups)]
+        return StudentWork(*map(max, zip(*map(astuple, groups))))
+
     def sync(self, ranks: int) -> float:
-        """Seconds of the gradients' ring all-reduce (Patarasuk & Yuan 2009), within each group of `ranks` student ranks."""
-        ranks //= self.groups
-        if ranks == 1:
-            return 0.0
+        """Seconds that `ranks` student ranks wait for each other's data: for the gradients' ring all-reduce within each
+        group (Patarasuk & Yuan 2009), and for what crosses between groups.
+        """
+        places, seconds = ranks // self.groups, 0.0
+        if self.groups > 1 and self.crossing:
+            seconds = self.links.latency + self.crossing * -(-self.batch // places) / self.links.bandwidth
+        if places == 1:
+            return seconds
         size = self.students.parameters * self.element
-        return 2 * (ranks - 1) * (size / ranks / self.links.gradients + self.links.gradients_latency)
+        return seconds + 2 * (places - 1) * (size / places / self.links.gradients + self.links.gradients_latency)
 
     def student_memory(self, ranks: int, accumulation: int) -> float:
         """Bytes of a student rank without teachers: weights and states by ZeRO stage, the fp32 copies that are validated,

@@ -12,7 +12,7 @@ from ranks import Ranks, refused, run, students, trace, wait_for_step
 from pkd.recipe import Views as Policy
 
 FINITE = ("views.finite=2", "distill.epochs=3")
-ARCHIVE, AUTO = "soft_targets=archive", "soft_targets=auto"
+ARCHIVE, AUTO, ONE_GROUP = "soft_targets=archive", "soft_targets=auto", "placement.student_groups=1"
 CO_LOCATED = "placement.kind=co-located"
 
 
@@ -65,12 +65,14 @@ def online(tiny, taught, tmp_path_factory):
 @pytest.mark.parametrize("objective", ["composed", "paper"])
 def test_losses_and_students_are_those_of_the_run_with_teachers_bit_for_bit(tiny, new_run, objective):
     """Invariant 1, with one and two student ranks; whoever filled the archive, and where placement asks for teachers. A
-    student on a rank of its own (student_groups) is that of a single process."""
+    student on a rank of its own is that of a single process, whether the recipe deals students to groups or auto does."""
     words = (f"objective.kind={objective}", *FINITE)
     own = fill(1, tiny, new_run("archive"), *words)
     before = distilled(1, tiny, new_run("online-1"), *words), distilled(2, tiny, new_run("online-2"), *words, CO_LOCATED)
-    alone = (1, ()) if objective == "composed" else (2, ("placement.student_groups=2",))
-    assert distilled(alone[0], tiny, own, *words, ARCHIVE, *alone[1]) == before[0]
+    groups = () if objective == "composed" else ("placement.student_groups=2",)
+    found = distilled(2, tiny, own, *words, ARCHIVE, *groups)
+    placement = json.loads((own[0] / "placement.json").read_text())["placement"]
+    assert found == before[0 if placement["groups"] == 2 else 1] and (placement["why"] or groups)
     assert distilled(2, tiny, fill(3, tiny, new_run("archive-2"), *words), *words, ARCHIVE,
                      "placement.kind=dedicated") == before[1]
     assert before[0] != before[1]
@@ -97,11 +99,11 @@ def test_a_run_may_change_between_teachers_and_archive_at_every_start(tiny, copi
     words = ("distill", tiny, "--run-folder", folder, teachers_from, *FINITE, "checkpoint_minutes=0.005")
     fill(2, tiny, (folder, teachers_from), *FINITE)
     run(2, *words, CO_LOCATED, "--steps", 7)
-    ranks = Ranks(2, *words, ARCHIVE)
+    ranks = Ranks(2, *words, ARCHIVE, ONE_GROUP)
     wait_for_step(folder, 16)
     ranks.processes[1].kill()
     assert all(one.code != 0 for one in ranks.wait())
-    run(2, *words, ARCHIVE, "--steps", 25)
+    run(2, *words, ARCHIVE, ONE_GROUP, "--steps", 25)
     run(2, *words, CO_LOCATED)
     assert (trace(folder), students(folder)) == online[2]
 
@@ -219,7 +221,7 @@ def test_a_damaged_or_missing_shard_is_refused_and_filled_again(tiny, copied, on
     first.unlink()
     assert "is missing" in refused(1, "distill", *words, ARCHIVE)
     run(1, "archive", *words)
-    assert "soft targets are read from" in run(2, "distill", *words, AUTO)[0].out
+    assert "soft targets are read from" in run(2, "distill", *words, AUTO, ONE_GROUP)[0].out
     assert (trace(folder), students(folder)) == online[2]
 
 

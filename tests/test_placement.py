@@ -30,7 +30,7 @@ def recipe(batch: int = 256, **placement) -> Recipe:
 
 def place(wish: Recipe, world: int, costs: dict[str, float], sizes: dict[str, int] | None = None,
           known: Ranks | None = None) -> Placement:
-    work = work_of(wish, costs, sizes, groups=wish.placement.student_groups)
+    work = work_of(wish, costs, sizes, groups=wish.placement.student_groups or 1)
     return placing.place(wish, world, work, known)
 
 

@@ -9,22 +9,24 @@ from hypothesis import strategies as st
 from workloads import large_workload, work_of
 
 from pkd.errors import UserError
-from pkd.placement import describe, place
+from pkd.placement import describe, group_options, place
 from pkd.planner import Planner, next_rank
 from pkd.rank_map import Ranks
 from pkd.recipe import Recipe
 from pkd.recipe_file import parse_recipe
 from pkd.schedule import SAMPLES_PER_RANK
 from pkd.simulator import simulate
+from pkd.student_groups import useful
 from pkd.system import System
 from pkd.workload import Links
 
 GIB = 2**30
 
 
-def recipe(batch: int) -> Recipe:
+def recipe(batch: int, students: int = 1, **placement) -> Recipe:
     return parse_recipe({"name": "r", "data": {"name": "digits"}, "pyramid": [{"model": "m", "teachers": 1}],
-                         "students": [{"name": "s", "model": "m"}], "distill": {"batch": batch}})
+                         "students": [{"name": f"s{number}", "model": "m"} for number in range(students)],
+                         "distill": {"batch": batch}, "placement": placement})
 
 
 def test_a_thousand_ranks_are_busy_and_nothing_is_over_its_limit():
@@ -37,16 +39,19 @@ def test_a_thousand_ranks_are_busy_and_nothing_is_over_its_limit():
 
 
 @given(costs=st.lists(st.floats(0.01, 3), min_size=1, max_size=4), row=st.floats(0.001, 0.05), world=st.integers(2, 5),
-       batch=st.sampled_from([16, 64, 128]), cores=st.sampled_from([(), (2.0,)]), slow=st.booleans())
+       batch=st.sampled_from([16, 64, 128]), cores=st.sampled_from([(), (2.0,)]), slow=st.booleans(),
+       students=st.integers(1, 3), view=st.sampled_from([0.0, 0.01]))
 @settings(max_examples=15, deadline=None)
-def test_no_placement_is_predicted_to_be_much_faster_than_autos(costs, row, world, batch, cores, slow):
+def test_no_placement_is_predicted_to_be_much_faster_than_autos(costs, row, world, batch, cores, slow, students, view):
     links = Links(1e5, 0.001, 1e5, 0.001) if slow else Links()
-    work = work_of(recipe(batch), {f"t{i}": cost for i, cost in enumerate(costs)}, row=row, links=links)
-    planner = Planner(work, world, 1, {}, Ranks(cores=cores))
-    every = [planner.rank_map(students, hosts) for students in range(1, world + 1) if planner.trains(students)
-             for hosts in range(1, max(2, world - students + 1))]
-    steps = [simulate(ranks.system(work, 1, planner.known)).step for ranks in every if ranks]
-    assert planner.choose().predicted.step <= 1.02 * min(steps)
+    work = work_of(recipe(batch, students), {f"t{i}": cost for i, cost in enumerate(costs)}, row=row, links=links, view=view)
+    known, steps, options = Ranks(cores=cores), [], group_options(recipe(batch, students), world)
+    for groups in options:
+        planner = Planner(replace(work, groups=groups), world, 1, {}, known)
+        every = [planner.rank_map(trained, hosts) for trained in range(1, world + 1) if planner.trains(trained)
+                 for hosts in range(1, max(2, world - trained + 1))]
+        steps += [simulate(ranks.system(planner.work, 1, known)).step for ranks in every if ranks]
+    assert Planner(work, world, 1, {}, known).choose(options).predicted.step <= 1.02 * min(steps)
 
 
 def test_teachers_as_heavy_as_the_students_are_put_apart_where_the_gradients_are_dear():
@@ -63,8 +68,8 @@ def test_light_teachers_do_not_get_a_rank_of_their_own():
 
 def test_a_teacher_too_large_for_a_student_rank_gets_one_of_its_own():
     """A rank that trains 32 rows and answers needs 10.5 GiB; apart, it is 7 GiB for the student and 8.5 for the teacher."""
-    work = work_of(recipe(64), {"top": 0.01}, {"top": 5 * GIB}, runtime=3 * GIB, teacher_memory=0.5 * GIB)
-    work = replace(work, students=replace(work.students, activations=GIB / 16))
+    work = work_of(recipe(64), {"top": 0.01}, {"top": 5 * GIB}, runtime=3 * GIB, teacher_memory=0.5 * GIB,
+                   activations=GIB / 16)
     assert place(recipe(64), 2, work, Ranks((20 * GIB,) * 2)).kind == "co-located"
     placement = place(recipe(64), 2, work, Ranks((8 * GIB, 10 * GIB)))
     assert placement.kind == "dedicated" and [source.rank for source in placement.sources] == [1]
@@ -80,6 +85,42 @@ def test_ranks_that_a_small_batch_cannot_feed_are_left_out_and_said():
 def test_a_batch_that_feeds_nobody_is_refused():
     with pytest.raises(UserError, match=r"distill\.batch is 4, too few"):
         place(recipe(4), 2, work_of(recipe(4), {"top": 0.2}))
+
+
+@pytest.mark.parametrize("costs", [{}, {"top": 0.01}], ids=["no teacher", "a light teacher"])
+@pytest.mark.parametrize(("view", "links", "groups"), [(0.0, Links(1e9, 1e-4, 1e4), 2), (0.1, Links(1e9, 1e-4, 1e9), 1)],
+                         ids=["gradients are dear", "views are dear"])
+def test_students_are_in_groups_where_gradients_are_dearer_than_views(costs, view, links, groups):
+    """Also that they are not where the recipe says so, or says how many ranks train."""
+    wish = recipe(64, students=2)
+    work = work_of(wish, costs, links=links, view=view)
+    placement = place(wish, 2, work)
+    assert placement.groups == groups and placement.student_ranks == 2
+    assert ("2 groups of students" in placement.why or "in 2 group(s)" in placement.why) == (groups == 2)
+    assert place(recipe(64, 2, student_groups=1), 2, work).groups == 1
+    assert place(recipe(64, 2, kind="co-located"), 2, work).groups == 1
+
+
+def test_a_batch_that_feeds_too_few_ranks_together_feeds_them_in_groups():
+    wish = recipe(8, students=2)
+    assert place(wish, 2, work_of(wish, {})).groups == 2
+    with pytest.raises(UserError, match="batch 8 feeds at most 1 student ranks"):
+        place(recipe(8, 2, student_groups=1), 2, work_of(wish, {}))
+
+
+def test_groups_are_as_slow_as_the_largest_of_them():
+    work = work_of(recipe(64, students=3), {}, micro=0.3, row=0.03)
+    for groups, part in ((1, 1), (2, 2 / 3), (3, 1 / 3)):
+        dealt = replace(work, groups=groups).students
+        assert (dealt.micro, dealt.row, dealt.parameters) == pytest.approx((0.3 * part, 0.03 * part, 999 * part))
+    assert useful(5) == [1, 2, 3, 5] and useful(1) == [1] and useful(4) == [1, 2, 4]
+
+
+@given(students=st.integers(2, 4), places=st.integers(1, 4))
+def test_groups_wait_for_each_others_logits_where_there_is_an_ensemble_term(students, places):
+    alone = work_of(recipe(64, students), {}, links=Links(1e6, 1e-3), groups=2)
+    seconds = replace(alone, crossing=1000.0).sync(2 * places) - alone.sync(2 * places)
+    assert seconds == pytest.approx(1e-3 + 1000 * -(-64 // places) / 1e6)
 
 
 @pytest.mark.parametrize(("cost", "wanted"), [(5.0, "to the teachers"), (0.5, "to the students")])
@@ -123,15 +164,15 @@ def test_on_a_shared_gpu_only_one_rank_trains():
     for shared in (2, 3):
         found = Planner(work, shared, 1, {}, Ranks(devices=(0,) * shared)).choose().map
         assert found.kind == "dedicated" and found.students == 1
-    assert Planner(replace(work, groups=2), 2, 1, {}, Ranks(devices=(0, 0))).trains(2), "each an island of its own"
+    work = work_of(recipe(64, students=2), {"top": 5.0}, groups=2)
+    assert Planner(work, 2, 1, {}, Ranks(devices=(0, 0))).trains(2), "each an island of its own"
 
 
 def test_groups_of_students_save_gradients_and_make_every_view_more_often():
     """Half of the parameters travel between half of the ranks; every group needs all views."""
     ranks, links = Ranks(), Links(1e9, 1e-4, 1e5)
-    whole = work_of(recipe(64), {"top": 0.1}, links=links)
-    half = replace(whole.students, micro=0.05, row=0.005, parameters=500, activations=500.0)
-    grouped = replace(whole, students=half, groups=2)
+    whole = work_of(recipe(64, students=2), {"top": 0.1}, links=links)
+    grouped = replace(whole, groups=2)
     steps = {}
     for view in (0.0, 0.1):
         for work in (whole, grouped):

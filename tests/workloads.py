@@ -10,13 +10,17 @@ NO_NETWORK = Links(float("inf"), 0.0, float("inf"))
 
 
 def work_of(recipe: Recipe, costs: dict[str, float], sizes: dict[str, int] | None = None, micro: float = 0.1,
-            row: float = 0.01, links: Links = NO_NETWORK, **more) -> Workload:
-    """costs: teacher -> seconds of its forwards in a step; every teacher is asked about every sample. sizes: bytes."""
+            row: float = 0.01, links: Links = NO_NETWORK, activations: float = 1000.0, **more) -> Workload:
+    """costs: teacher -> seconds of its forwards in a step; every teacher is asked about every sample. sizes: bytes.
+    micro, row, activations: of all students, which are alike and have 1,000 weights together.
+    """
     batch = recipe.distill.batch
     blocks = -(-batch // BLOCK)
     teachers = {name: TeacherWork(cost / blocks, batch, blocks, (sizes or {}).get(name, 0), 10)
                 for name, cost in costs.items()}
-    return Workload(teachers, StudentWork(micro, row, 1000, 1, 1000.0), batch, links=links, **more)
+    count = len(recipe.students)
+    each = StudentWork(micro / count, row / count, 1000 // count, 1, activations / count)
+    return Workload(teachers, (each,) * count, batch, links=links, **more)
 
 
 def large_workload(levels: int, batch: int, seed: int = 0) -> Workload:
@@ -31,6 +35,6 @@ def large_workload(levels: int, batch: int, seed: int = 0) -> Workload:
         for index in range(2**level):
             name = f"level{level}-{index}"
             teachers[name] = TeacherWork(block * chance.uniform(0.9, 1.1), batch, -(-batch // BLOCK), size, 2048 >> level)
-    students = StudentWork(0.02, 0.002, 20_000_000, 1, 150e6)
+    students = (StudentWork(0.005, 0.0005, 5_000_000, 1, 37.5e6),) * 4
     return Workload(teachers, students, batch, view=2e-5, step=0.001, stage=2, element=2, teacher_memory=2e9,
                     image=3 * 224 * 224, links=Links(2e10, 2e-5, 2e10), runtime=2e9)

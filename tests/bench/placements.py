@@ -24,9 +24,10 @@ from pkd.recipe_file import load_recipe
 HERE = Path(__file__).resolve().parent
 ROUNDS, EPOCHS = 3, 3  # epochs of 25 steps; the first is not counted
 AUTO = "placement.kind=auto"
-TWO = ("placement.kind=dedicated", "placement.kind=co-located")
-THREE, FOUR = (("placement.kind=co-located",
-                *(f"placement={{kind: dedicated, student_ranks: {n}}}" for n in range(1, world))) for world in (3, 4))
+TWO, THREE, FOUR = (("placement.kind=co-located",
+                     *(f"placement={{kind: dedicated, student_ranks: {n}}}" for n in range(1, world)),
+                     *(f"placement={{kind: dedicated, student_ranks: {n}, student_groups: 2}}" for n in range(2, world, 2)),
+                     *["placement={kind: co-located, student_groups: 2}"] * (world % 2 == 0)) for world in (2, 3, 4))
 HEAVY, LIGHT = "pyramid.0.model={name: pkd_resnet_l, width: 2}", "pyramid.0.model={name: pkd_resnet_s, width: 1}"
 CASES = {  # ranks, what is changed, placements made by hand
     "two ranks": (2, (), TWO),
@@ -102,8 +103,10 @@ def case(name: str, recipe: Path, folder: Path) -> tuple[list[str], float]:
         hosts = ", ".join("+".join(source["teachers"]) for source in placement["sources"])
         by = " and ".join([f"auto ({chosen.count(key)} of {ROUNDS})"] * (key in chosen) + ["hand"] * (key in hand))
         guess, real = statistics.median(predicted[key]), statistics.median(steps[key])
-        cells = (name, by, f"{placement['kind']}, {placement['student_ranks']} of {world} train; {hosts}", f"{guess:.1f}",
-                 f"{real:.1f}", f"{min(steps[key]):.1f} to {max(steps[key]):.1f}", f"{100 * (guess / real - 1):+.0f} %")
+        groups = f" in {placement['groups']} groups" if placement["groups"] > 1 else ""
+        cells = (name, by, f"{placement['kind']}, {placement['student_ranks']} of {world} train{groups}; {hosts}",
+                 f"{guess:.1f}", f"{real:.1f}", f"{min(steps[key]):.1f} to {max(steps[key]):.1f}",
+                 f"{100 * (guess / real - 1):+.0f} %")
         rows.append("| " + " | ".join(cells) + " |")
         print(rows[-1], flush=True)
     best = min(statistics.median(steps[key]) for key in hand)

@@ -42,12 +42,14 @@ are done already, and for which teachers answer as many. A ratio compares two ru
 / 4 x ResNet-18 teachers, 2 x MobileNetV2 and 2 x ShuffleNetV2 students, the paper's objective, 32 pixels, 100 classes, no
 augmentation: one view of an image, for which the archive is filled once; that was timed once, before the rounds, and a
 whole run is reckoned from it and from the speed of an epoch after the first. Two cores for each program: two threads in one
-process, or two ranks of one thread. "pkd online" is placed by auto, the default, which chose: {auto}; the steady state
-leaves out that at an epoch's start students wait for the first answers. The others are co-located. Our kernels: students
+process, or two ranks of one thread. pkd is placed by auto, the default, which chose for students alone: {alone}; from the
+archive: {archive}; online: {online}. In groups, each rank trains some of the students on whole batches, as the published
+loop does; "in one group", which auto may not leave there, both ranks train all four on half of each batch and average their
+gradients. The steady state leaves out that at an epoch's start students wait for the first answers. Our kernels: students
 fp32 and channels last, teachers {kernels}. pkd's teachers answer {answer_steps} steps at once in blocks of {answer_rows}
-rows. "In groups": each rank trains two of the students (placement.student_groups=2), on whole batches, as the published
-loop does; else both train all four, on half of each.
+rows.
 """
+ONE_GROUP = "placement.student_groups=1"
 ANSWERS = {"window": 8, "answer_steps": 8, "answer_rows": 128}
 AHEAD = ANSWERS["window"] + ANSWERS["answer_steps"]  # steps that teachers may be ahead
 EPOCHS = 4  # of the whole run that is compared with what was reckoned
@@ -120,8 +122,8 @@ class Bench:
         changed = subprocess.run(["git", "diff", "HEAD"], cwd=REPOSITORY, capture_output=True).stdout
         asked = json.dumps([steps, self.forward, ANSWERS]).encode()
         self.kept = folder / f"rates-{self.commit}-{hashlib.sha256(asked + changed).hexdigest()[:8]}.json"
-        self.memory: dict[str, int] = {}
-        self.holds: dict[str, list[list[str]]] = {}  # program -> rank that trains -> its teachers
+        self.memory: dict[str, dict[str, int]] = {}  # program -> role -> peak bytes of the largest rank
+        self.holds: dict[str, dict[str, list[list[str]]]] = {}  # program -> role -> rank -> its teachers
         self.kinds: dict[str, str] = {}  # program -> its placement
         for name, recipe in self.recipes.items():
             if not self.taught(name).exists():
@@ -151,10 +153,12 @@ class Bench:
         alone = "objective.kind=alone" in changes or "soft_targets=archive" in changes
         trial = Trial(self.folder, self._words(recipe, ranks, threads), ranks)
         line = trial.distill(self.steps if alone else self.ours, *changes)
-        self._remember(name, int(max(line["peak_memory_bytes"].values())))
+        self._remember(name, {role: int(peak) for role, peak in line["peak_memory_bytes"].items() if peak})
         placement = Placement.from_json(line["placement"])
-        self.holds[name] = [placement.answers_for(rank) for rank in range(placement.student_ranks)]
-        self.kinds[name] = f"{placement.kind}, {placement.student_ranks} of {ranks} ranks train"
+        self.holds[name] = {role: [placement.answers_for(rank) for rank in range(ranks) if placement.role(rank) == role]
+                            for role in ("student", "teacher")}
+        groups = f", {placement.groups} groups of students" if placement.groups > 1 else ""
+        self.kinds[name] = f"{placement.kind}, {placement.student_ranks} of {ranks} ranks train{groups}"
         return line["steady_images_per_second"]
 
     def _words(self, recipe: str, ranks: int, threads: int) -> list[str]:
@@ -162,16 +166,17 @@ class Bench:
 
     def baseline(self, script: str, recipe: str, kernels: str, ranks: int, threads: int, name: str = "") -> float:
         found = self.losses_and_rate(script, recipe, kernels, ranks, threads)
-        self._remember(name, found["peak_memory_bytes"])
+        self._remember(name, {"student": found["peak_memory_bytes"]})
         return found["images_per_second"]
 
-    def _remember(self, name: str, peak: int) -> None:
-        self.memory[name] = max(peak, self.memory.get(name, 0))
+    def _remember(self, name: str, peaks: dict[str, int]) -> None:
+        known = self.memory.setdefault(name, {})
+        known.update({role: max(peak, known.get(role, 0)) for role, peak in peaks.items()})
 
-    def teachers_not_held(self, name: str) -> int:
-        """Bytes of the weights that a program's ranks that train do not hold, of the one that holds the most."""
+    def teachers_not_held(self, name: str, role: str) -> int:
+        """Bytes of the weights that a program's ranks of a role do not hold, of the one that holds the most."""
         bytes_of = {path.stem: path.stat().st_size for path in self.taught("paper").glob("teachers/*.safetensors")}
-        return sum(bytes_of.values()) - max(sum(bytes_of[one] for one in held) for held in self.holds[name])
+        return sum(bytes_of.values()) - max(sum(bytes_of[one] for one in held) for held in self.holds[name][role])
 
     def beside_teachers(self) -> float:
         """The students of `light` alone on one core while its teachers, without any exchange, run on the other."""
@@ -237,15 +242,15 @@ def programs(bench: Bench) -> dict[str, Program]:
 
     def other(name: str, script: str, recipe: str, kernels: str, ranks: int = 1, threads: int = 2) -> Program:
         return Program(name, lambda: bench.baseline(script, recipe, kernels, ranks, threads, name=name))
-    both = "placement.kind=co-located"
     # What one ratio compares lies side by side, as far as that is possible.
     all_of_them = [
-        pkd("students alone", "paper", 2, both, "objective.kind=alone"),
+        pkd("students alone, in one group", "paper", 2, "objective.kind=alone", ONE_GROUP),
+        pkd("pkd archive, in one group", "paper", 2, "soft_targets=archive", ONE_GROUP),
+        pkd("students alone", "paper", 2, "objective.kind=alone"),
         pkd("pkd archive", "paper", 2, "soft_targets=archive"),
-        pkd("pkd archive, students in groups", "paper", 2, "soft_targets=archive", "placement.student_groups=2"),
         other("published loop, our kernels", "published_loop", "paper", "ours"),
         other("published loop, eager", "published_loop", "paper", "eager"),
-        pkd("pkd online, students in groups", "paper", 2, both, "placement.student_groups=2"),
+        pkd("pkd online, co-located in groups", "paper", 2, "placement.kind=co-located", "placement.student_groups=2"),
         pkd("pkd online", "paper", 2),
         other("naive data parallel, our kernels", "naive_ddp", "paper", "ours", 2),
         other("torchdistill, eager", "torchdistill_kd", "pair-eager", "eager"),
@@ -266,13 +271,17 @@ def rows(rates: dict[str, list[float]], filled: float) -> list[tuple[str, str, l
 
     def whole(other: str, one: str = "pkd archive", epochs: int = 30) -> list[float]:
         return [epochs / b / (1 / filled + epochs / a) for a, b in zip(rates[one], rates[other])]
+    one_group = ", in one group"
     return [
         ("archive, 2nd epoch on, against students alone", "0.95", over("pkd archive", "students alone")),
-        *((f"{what} against published loop, {kernels}{where}", asked,
+        (f"the same{one_group}", "", over(f"pkd archive{one_group}", f"students alone{one_group}")),
+        *((f"{what} against published loop, {kernels}{where}", asked if not where else "",
            ratio(f"published loop, {kernels}", f"{program}{where}"))
-          for where in ("", ", students in groups") for what, program, ratio, every in (
-              ("archive, 30 epochs with its filling,", "pkd archive", whole, ("5.5", "2.8")),
-              ("online", "pkd online", lambda other, one: over(one, other), ("3.5", "2.0")))
+          for where, what, program, ratio, every in (
+              ("", "archive, 30 epochs with its filling,", "pkd archive", whole, ("5.5", "2.8")),
+              (one_group, "archive, 30 epochs with its filling,", "pkd archive", whole, ("5.5", "2.8")),
+              ("", "online", "pkd online", lambda other, one: over(one, other), ("3.5", "2.0")),
+              (", co-located in groups", "online", "pkd online", lambda other, one: over(one, other), ("3.5", "2.0")))
           for kernels, asked in zip(("eager", "our kernels"), every)),
         ("online against naive data parallel, our kernels", "1.0", over("pkd online", "naive data parallel, our kernels")),
         ("a teacher rank and a student rank, a core each: students against alone on one core", "0.92",
@@ -296,11 +305,15 @@ def reckoned(bench: Bench, rates: dict[str, list[float]], filled: float, whole: 
 
 
 def memory(bench: Bench) -> list[str]:
-    naive = bench.memory["naive data parallel, our kernels"]
-    return [f"Memory (peak resident set): the largest rank of {name} is {(naive - bench.memory[name]) / 1e6:.0f} MB below "
-            f"naive data parallelism's; teachers that its ranks that train do not hold weigh "
-            f"{bench.teachers_not_held(name) / 1e6:.0f} MB."
-            for name in ("pkd online", "pkd online, students in groups")]
+    naive = bench.memory["naive data parallel, our kernels"]["student"]
+    out = []
+    for name in ("pkd online", "pkd online, co-located in groups"):
+        peaks = sorted(bench.memory[name].items(), key=lambda one: -one[1])
+        said = [f"{(naive - peak) / 1e6:.0f} MB less for its largest {role} rank, where teachers of "
+                f"{bench.teachers_not_held(name, role) / 1e6:.0f} MB are not held" for role, peak in peaks]
+        out.append(f"Memory (peak resident set) of {name} against naive data parallelism's, whose ranks hold all teachers: "
+                   f"{'; '.join(said)}. The largest rank of all is a {peaks[0][0]} rank.")
+    return out
 
 
 def page(bench: Bench, rates: dict[str, list[float]], equal: list[str], rounds: int, filled: float, whole: float) -> str:
@@ -312,13 +325,14 @@ def page(bench: Bench, rates: dict[str, list[float]], equal: list[str], rounds: 
         "# Speed", "",
         HEAD.format(commit=bench.commit, cores=os.cpu_count(), processor=processor, versions=versions, rounds=rounds,
                     steps=bench.steps, ours=bench.ours, timed=len(bench.timed), kernels=bench.kernels,
-                    auto=bench.kinds["pkd online"], **ANSWERS),
+                    alone=bench.kinds["students alone"], archive=bench.kinds["pkd archive"],
+                    online=bench.kinds["pkd online"], **ANSWERS),
         "| figure | asked for, at least | min | median | max |", "|---|---|---|---|---|"]
     for figure, target, values in rows(rates, filled):
         lines.append(f"| {figure} | {target} | " + " | ".join(f"{value:.2f}" for value in spread(values)) + " |")
     lines += ["", "| program | images/s: min | median | max | largest rank's memory, MB |", "|---|---|---|---|---|"]
     for name, own in rates.items():
-        peak = f"{bench.memory[name] / 1e6:.0f}" if name in bench.memory else ""
+        peak = f"{max(bench.memory[name].values()) / 1e6:.0f}" if name in bench.memory else ""
         lines.append(f"| {name} | " + " | ".join(f"{value:.1f}" for value in spread(own)) + f" | {peak} |")
     lines += ["", reckoned(bench, rates, filled, whole), "", *memory(bench), "", "Equal mathematics:", *equal]
     return "\n".join(lines) + "\n"
