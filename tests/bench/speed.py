@@ -353,7 +353,8 @@ def main() -> None:
             if any("archive" in program.name for program in chosen):
                 bench.fill()
             rates = take_turns(chosen, arguments.rounds, lambda text: print(text, flush=True))
-            print({name: spread(own) for name, own in rates.items()})
+            for name, own in rates.items():
+                print(name, bench.kinds.get(name, ""), *(f"{value:.1f}" for value in spread(own)))
             return
         equal = bench.check_equal_math()
         print("\n".join(equal), flush=True)
