@@ -20,6 +20,7 @@ from pkd.errors import UserError
 from pkd.files import read_json, read_lines
 from pkd.launch import check_plan
 from pkd.metrics import enough
+from pkd.placement import Placement, outline
 from pkd.recipe_file import load_recipe
 from pkd.ways import command, environment
 
@@ -84,14 +85,16 @@ class Trial:
         finally:
             shutil.rmtree(run)
 
-    def rate(self, steps: int, *changes: str) -> float:
-        """Images per second in the steady state. Raises UserError where no epoch is long enough to have one."""
+    def rate(self, steps: int, *changes: str) -> tuple[float, str]:
+        """Images per second in the steady state, and who was where. Raises UserError where no epoch is long enough to have
+        one.
+        """
         line = self.distill(steps, *changes)
         if line["steady_images_per_second"] is None:
             raise UserError(f"{line['step']} steps are too few to be timed, since teachers answer ahead of the students and "
                             f"several steps at once, and the longest epoch has no {steps}: make window and answer_steps "
                             "smaller, or distill.batch")
-        return line["steady_images_per_second"]
+        return line["steady_images_per_second"], outline(Placement.from_json(line["placement"]))
 
 
 def bench(recipe: str, overrides: list[str], ranks: int, rounds: int, steps: int, console: Console) -> dict:
@@ -120,14 +123,17 @@ def bench(recipe: str, overrides: list[str], ranks: int, rounds: int, steps: int
             kinds["archive"] = ("soft_targets=archive",)
         ahead = known.window + known.together  # steps that teachers are ahead
         asked = {name: enough(steps, ahead, known.together) if name == "online" else steps for name in kinds}
-        programs = [Program(name, lambda name=name, changes=changes: trial.rate(asked[name], *changes))
-                    for name, changes in kinds.items()]
-        rates = take_turns(programs, rounds, console.say)
+        placed: dict[str, str] = {}
+
+        def run(name: str) -> float:
+            rate, placed[name] = trial.rate(asked[name], *kinds[name])
+            return rate
+        rates = take_turns([Program(name, lambda name=name: run(name)) for name in kinds], rounds, console.say)
     table = Table(title=f"{known.name} on {ranks} rank(s), {rounds} rounds of {steps} steps ({asked['online']} online)")
-    for column in ("program", "img/s: min", "median", "max", "of students alone: min", "median", "max"):
-        table.add_column(column, justify="left" if column == "program" else "right")
+    for column in ("program", "who is where", "img/s: min", "median", "max", "of students alone: min", "median", "max"):
+        table.add_column(column, justify="left" if column in ("program", "who is where") else "right")
     for name in rates:
-        table.add_row(name, *(f"{value:.1f}" for value in spread(rates[name])),
+        table.add_row(name, placed[name], *(f"{value:.1f}" for value in spread(rates[name])),
                       *(f"{value:.2f}" for value in ratio(rates, name, "students alone")))
     console.show(table)
-    return {"images_per_second": rates}
+    return {"images_per_second": rates, "placements": placed}

@@ -154,13 +154,14 @@ class Setup:
 
         def before():
             tree = read_json(path) if path.exists() else {}
-            fits = tree.get("wish") == wish() and tree.get("placement", {}).get("world") == world.size
+            known = tree.get("placement", {})
+            fits = tree.get("wish") == wish() and known.get("world") == world.size and "dealt" in known
             return tree["placement"] if fits else None
         found = world.first("placement before", before)
         if found is None:
             measured, online = None, bool(self.asked) and self.archive is None
-            wanted = without_teachers(recipe) if self.archive else recipe
-            decides = chooses(wanted, world.size) if online else len(group_options(wanted, world.size)) > 1
+            wanted = recipe if online else without_teachers(recipe)
+            decides = chooses(recipe, world.size) if online else len(group_options(wanted, world.size)) > 1
             if world.size > 1 and (online or decides):
                 measured = calibrated(job, self.schedule, self.views, self.ballot, online, decides)
 
@@ -170,12 +171,13 @@ class Setup:
                 timings = measured(timings) if measured else timings
                 work = workload(recipe, job.pyramid, self.data, timings, device.runtime)
                 work = replace(work, teachers={}) if self.archive else work
+                wanted = without_teachers(recipe) if self.archive else recipe
                 placement = place(wanted, world.size, work, known_ranks(job.hardware, recipe.threads)).to_json()
                 write_json(path, {"wish": wish(), "placement": placement})
                 return placement
             found = world.first("placement", decide)
         placement = Placement.from_json(found)
-        job.console.say(describe(placement))
+        job.console.say(describe(placement, [student.name for student in recipe.students]))
         return placement
 
     def _check_teachers(self) -> dict[str, str]:
@@ -193,7 +195,7 @@ class Setup:
         """Each group of students is one, and so are ranks apart that hold teachers together; others need none."""
         world, together = self.job.world, self.placement.shard_group(self.job.world.rank)
         if self.role == "student":
-            grouping = Grouping(self.placement.groups, self.placement.student_ranks, len(self.job.recipe.students))
+            grouping = Grouping(self.placement.dealt, self.placement.student_ranks)
             self.joined = Joined(world, grouping)
             world.join_island(f"students {self.joined.group}", grouping.island(self.joined.group))
         elif together:

@@ -2,11 +2,13 @@
 
 Student ranks come first, [0, student_ranks). `dedicated`: teachers on ranks of their own, [student_ranks, world).
 `co-located`: every rank trains students and hosts some teachers. `single`: one process does all.
-`auto` is decided by pkd/planner.py; the other kinds do as they are told, and only share the teachers out.
+`auto` is decided by pkd/planner.py, or here where no teacher is asked; the other kinds do as they are told, and only share
+the teachers out.
 """
 
 import contextlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from pkd.errors import UserError, nearest
@@ -17,7 +19,7 @@ from pkd.schedule import SAMPLES_PER_RANK
 from pkd.shards import Group, needed_shards, shard_groups, wanted_shards
 from pkd.share import share_out
 from pkd.simulator import simulate
-from pkd.student_groups import check_groups, useful
+from pkd.student_groups import check_groups
 from pkd.workload import Workload
 
 TRIED = 16  # numbers of student ranks at most where teachers lie in shards
@@ -49,6 +51,7 @@ class Placement:
     accumulation: int
     sources: tuple[Source, ...]
     groups: int = 1  # of students and student ranks; each has the whole batch
+    dealt: tuple[tuple[int, ...], ...] = ()  # indices of each group's students
     nodes: tuple[int, ...] = ()  # of each rank, numbered from 0; unknown before ranks are started
     why: str = ""  # the planner's reasons, where it chose
 
@@ -71,7 +74,8 @@ class Placement:
         sources = tuple(Source(s["rank"], tuple(s["teachers"]), s["load"], tuple(s.get("group", ())))
                         for s in tree["sources"])
         return Placement(tree["kind"], tree["world"], tree["student_ranks"], tree["accumulation"], sources,
-                         tree.get("groups", 1), tuple(tree.get("nodes", ())), tree.get("why", ""))
+                         tree.get("groups", 1), tuple(map(tuple, tree.get("dealt", ()))), tuple(tree.get("nodes", ())),
+                         tree.get("why", ""))
 
     def rank_map(self) -> RankMap:
         hosted = {rank: self.answers_for(rank) for rank in range(self.world)}
@@ -87,13 +91,12 @@ def place(recipe: Recipe, world: int, work: Workload, known: Ranks | None = None
         raise UserError(f"placement.replicas names {unknown[0]!r}, but the teachers asked are "
                         f"{', '.join(work.teachers) or 'none'}{nearest(unknown[0], work.teachers)}")
     check_groups(work.groups, len(recipe.students), min(work.groups, world))
-    options = group_options(recipe, world) if known.apart(range(world)) else [work.groups]
     if not work.teachers:
-        return _all_train(recipe, world, work, known, options)
+        return _all_train(recipe, world, work, known)
     if not chooses(recipe, world):
         return _as_told(recipe, world, work, known)
     try:
-        return _planned(recipe, world, work, known, options)
+        return _planned(recipe, world, work, known)
     except UserError:  # whole teachers do not fit; in shards they may
         if known.memory and needed_shards(work.sizes, [known.usable(rank) for rank in range(world)]):
             return _in_shards(recipe, world, work, known)
@@ -101,48 +104,52 @@ def place(recipe: Recipe, world: int, work: Workload, known: Ranks | None = None
 
 
 def chooses(recipe: Recipe, world: int) -> bool:
-    """Whether pkd decides how many ranks train. It does not where teachers are wanted in shards."""
+    """Whether pkd decides how many ranks train, in how many groups. It does not where teachers are wanted in shards."""
     wish = recipe.placement
     return wish.kind == "auto" and wish.student_ranks is None and not wish.shards and world > 1
 
 
-def group_options(recipe: Recipe, world: int) -> list[int]:
-    """The numbers of groups of students that pkd chooses from."""
+def group_options(recipe: Recipe, world: int, known: Ranks | None = None) -> list[int]:
+    """The numbers of groups of students that pkd chooses from. Ranks that share a GPU train no faster side by side."""
     wish = recipe.placement
-    if wish.student_groups or not chooses(recipe, world):
+    if wish.student_groups or not chooses(recipe, world) or (known and not known.apart(range(world))):
         return [wish.student_groups or 1]
-    return [groups for groups in useful(len(recipe.students)) if groups <= world]
+    return list(range(1, min(world, len(recipe.students)) + 1))
 
 
 def without_teachers(recipe: Recipe) -> Recipe:
-    """What to place where soft targets come from an archive: no teacher has replicas or shards."""
-    wish = recipe.placement.model_copy(update={"replicas": {}, "shards": {}})
+    """What to place where soft targets come from an archive: no teacher has replicas or shards, and every rank trains."""
+    wish = recipe.placement.model_copy(update={"replicas": {}, "shards": {}, "student_ranks": None})
     return recipe.model_copy(update={"placement": wish})
 
 
-def check_all_train(recipe: Recipe, world: int) -> None:
-    """Raises UserError where a recipe without_teachers cannot train on every rank."""
-    wish, refusals = recipe.placement, []
-    for groups in group_options(recipe, world):
+def groups_if_all_train(recipe: Recipe, world: int) -> list[int]:
+    """The numbers of groups of students in which every rank can train, where no teacher is asked. Raises UserError."""
+    found, refusal = [], None
+    for groups in group_options(without_teachers(recipe), world):
         try:
             check_groups(groups, len(recipe.students), world)
-            return check_batch(recipe.distill.batch, world, wish.accumulation, groups)
+            check_batch(recipe.distill.batch, world, recipe.placement.accumulation, groups)
+            found.append(groups)
         except UserError as error:
-            refusals.append(error)
-    raise refusals[0]
+            refusal = error if refusal is None or world % groups == 0 else refusal  # of those that would feed the most
+    if not found:
+        raise refusal
+    return found
 
 
-def _planned(recipe: Recipe, world: int, work: Workload, known: Ranks, groups: list[int]) -> Placement:
-    """groups: numbers of groups of students to choose from."""
+def _planned(recipe: Recipe, world: int, work: Workload, known: Ranks) -> Placement:
     wish = recipe.placement
-    choice = Planner(work, world, wish.accumulation, wish.replicas, known).choose(groups)
+    planner = Planner(work, world, wish.accumulation, wish.replicas, known)
+    choice = planner.choose(work.useful(group_options(recipe, world, known)))
     return Placement(choice.map.kind, world, choice.map.students, wish.accumulation,
-                     tuple(_sources(choice.map.hosted, work)), choice.groups, known.nodes, choice.why)
+                     tuple(_sources(choice.map.hosted, work)), choice.groups, replace(work, groups=choice.groups).dealt,
+                     known.nodes, choice.why)
 
 
-def _all_train(recipe: Recipe, world: int, work: Workload, known: Ranks, groups: list[int]) -> Placement:
-    """Where no teacher is asked; in that of these numbers of groups of students that has the shortest predicted step."""
-    accumulation, steps = recipe.placement.accumulation, {}
+def _all_train(recipe: Recipe, world: int, work: Workload, known: Ranks) -> Placement:
+    """Where no teacher is asked; in that number of groups of students which has the shortest predicted step."""
+    accumulation, groups, steps = recipe.placement.accumulation, work.useful(groups_if_all_train(recipe, world)), {}
     for count in groups if len(groups) > 1 else ():
         dealt = replace(work, groups=count)
         if Planner(dealt, world, accumulation, {}, known).trains(world):
@@ -201,7 +208,8 @@ def _as_told(recipe: Recipe, world: int, work: Workload, known: Ranks) -> Placem
     sources = [Source(hosts[group.ranks[0]], tuple(group.teachers), sum(work.costs[name] for name in group.teachers),
                       tuple(hosts[rank] for rank in group.ranks)) for group in groups]
     sources += _sources({rank: names for rank, (names, _) in zip(hosts, shares) if names}, work)
-    return Placement(kind, world, students, recipe.placement.accumulation, tuple(sources), work.groups, known.nodes)
+    return Placement(kind, world, students, recipe.placement.accumulation, tuple(sources), work.groups, work.dealt,
+                     known.nodes)
 
 
 def _shard_and_share(recipe: Recipe, kind: str, work: Workload, hosts: list[int],
@@ -239,11 +247,18 @@ def _shard_and_share(recipe: Recipe, kind: str, work: Workload, hosts: list[int]
         counts[max(growing, key=lambda name: sizes[name] / counts[name])] += 1
 
 
-def describe(placement: Placement) -> str:
-    """The rank map as a person reads it."""
-    students = f"ranks 0-{placement.student_ranks - 1}" if placement.student_ranks > 1 else "rank 0"
-    groups = f" in {placement.groups} groups" if placement.groups > 1 else ""
-    lines = [f"{placement.kind}: students{groups} on {students} of {placement.world}"]
+def outline(placement: Placement) -> str:
+    """Who is where, in a few words."""
+    groups = f" in {placement.groups} groups of students" if placement.groups > 1 else ""
+    return f"{placement.kind}, {placement.student_ranks} of {placement.world} rank(s) train{groups}"
+
+
+def describe(placement: Placement, students: Sequence[str]) -> str:
+    """The rank map as a person reads it. students: their names."""
+    trains = f"ranks 0-{placement.student_ranks - 1}" if placement.student_ranks > 1 else "rank 0"
+    dealt = " | ".join(", ".join(students[index] for index in group) for group in placement.dealt)
+    groups = f" in {placement.groups} groups ({dealt})" if placement.groups > 1 else ""
+    lines = [f"{placement.kind}: students{groups} on {trains} of {placement.world}"]
     lines += [placement.why] * bool(placement.why)
     several = len(set(placement.nodes)) > 1
     for source in placement.sources:

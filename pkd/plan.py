@@ -55,7 +55,7 @@ def plan(recipe: Recipe, world: int, console: Console, device: str | None = None
         "idle": {role: predicted.idle(role) for role in dict.fromkeys(rank["role"] for rank in ranks)},
         "bound_by": max(bounds, key=bounds.get),
         "next_rank": next_rank(work, placement.rank_map(), placement.accumulation, known, predicted.step,
-                               group_options(wish, world + 1)),
+                               work.useful(group_options(wish, world + 1)) if known.apart(range(world)) else ()),
     }
     groups = f", students in {placement.groups} groups" if placement.groups > 1 else ""
     console.show(_table(f"{recipe.name} on {world} rank(s): {placement.kind}{groups}", ranks))

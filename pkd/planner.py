@@ -17,6 +17,7 @@ from pkd.system import Prediction, System
 from pkd.workload import Workload
 
 SMALL = 16  # up to so many ranks every division is tried, with fewer than all ranks too
+FEW = 6  # of the divisions of more ranks than that, the ones with the shortest conceivable step are tried
 SIMULATED = 30  # candidates at most; mostly the first few decide
 
 
@@ -57,12 +58,15 @@ class Planner:
         what the workload says. Raises UserError where none fits.
         """
         planners = [replace(self, work=replace(self.work, groups=count)) for count in groups] or [self]
-        found = [candidate for planner in planners for candidate in planner._candidates()]
+        trials = [(*trial, number) for number, planner in enumerate(planners) for trial in planner._trials()]
+        trials.sort(key=lambda trial: trial[0])  # of the same length those of fewer groups first
+        few = len(trials) if self.world <= SMALL else FEW
+        found = self._candidates(planners, trials[:few]) or self._candidates(planners, trials[few:])
         if not found:
             for planner in planners:
                 if planner._feasible():
                     planner._shares(self.world, [math.inf] * self.world)  # raises where it is the replicas that do not fit
-            raise UserError(planners[0]._why_none())
+            raise UserError(self._why_none(planners))
         found.sort(key=lambda candidate: candidate.key)
         best, predicted = found[0], simulate(found[0].system)
         for other in found[1:SIMULATED]:
@@ -85,29 +89,31 @@ class Planner:
             return None
         return RankMap(self.world, students, {rank: names for rank, (names, _) in zip(ranks, shares) if names})
 
-    def _candidates(self) -> list[Candidate]:
-        feasible = self._feasible()
-        pairs = [(self.world, 0)] if self.world in feasible else []
-        if self.world <= SMALL:
-            pairs += [(s, hosts) for s in feasible for hosts in range(1, self.world - s + 1)]
-        else:
-            pairs += [(s, self.world - s) for s in self._promising([s for s in feasible if s < self.world])]
-        maps: list[RankMap] = []
-        for students, hosts in pairs:
-            ranks = self.rank_map(students, hosts)
-            if ranks and ranks not in maps:  # more hosts than shares leave some without a teacher
-                maps.append(ranks)
-        return [Candidate(ranks, self.work.groups, ranks.system(self.work, self.accumulation, self.known)) for ranks in maps]
+    @staticmethod
+    def _candidates(planners: list["Planner"], trials: list[tuple[float, int, int, int]]) -> list[Candidate]:
+        """Those of some trials that fit. trials: of _trials(), each with the number of its planner."""
+        found: list[Candidate] = []
+        for _, students, hosts, number in trials:
+            planner = planners[number]
+            ranks, groups = planner.rank_map(students, hosts), planner.work.groups
+            if ranks and (ranks, groups) not in [(one.map, one.groups) for one in found]:  # hosts without a share
+                found.append(Candidate(ranks, groups, ranks.system(planner.work, planner.accumulation, planner.known)))
+        return found
 
-    def _promising(self, students: list[int]) -> list[int]:
-        """Of many numbers of student ranks, the few whose least possible step is the shortest."""
-        work = self.work
+    def _trials(self) -> list[tuple[float, int, int]]:
+        """What a step takes at the very least, student ranks, and ranks apart for teachers, of which 0 means that all ranks
+        do both. With many ranks only divisions that leave none out.
+        """
+        work, often, out = self.work, self.accumulation, []
         cost = sum(teacher.seconds for teacher in work.teachers.values())
-        def least(s: int) -> float:
-            rows = -(-work.batch // (s // work.groups))
-            train = work.students.seconds(rows, self.accumulation) + rows * work.view + work.step + work.sync(s)
-            return max(train, cost / (self.world - s))
-        return sorted(students, key=least)[:4]
+        for students in self._feasible():
+            rows, apart = -(-work.batch // (students // work.groups)), self.world - students
+            train = work.students.seconds(rows, often) + rows * work.view + work.step + work.sync(students, often)
+            if not apart:
+                out.append((train + cost / self.world, students, 0))
+            for hosts in range(1, apart + 1) if self.world <= SMALL else filter(None, [apart]):
+                out.append((max(train, cost / hosts), students, hosts))
+        return out
 
     def _feasible(self) -> list[int]:
         return [students for students in range(1, self.world + 1) if self.trains(students)]
@@ -142,13 +148,13 @@ class Planner:
                      f"{self.work.batch} samples faster, so start fewer, or raise distill.batch")
         return text
 
-    def _why_none(self) -> str:
-        groups = self.work.groups
-        most = self.work.batch // SAMPLES_PER_RANK // self.accumulation * groups
-        if most == 0:
+    def _why_none(self, planners: list["Planner"]) -> str:
+        share = self.work.batch // SAMPLES_PER_RANK // self.accumulation  # ranks of a group at most
+        if share == 0:
             return (f"distill.batch is {self.work.batch}, too few for {self.accumulation} micro batch(es) of "
                     f"{SAMPLES_PER_RANK} samples at least: raise it, or lower placement.accumulation")
-        least = min(self.work.student_memory(s, self.accumulation) for s in range(groups, min(most, self.world) + 1, groups))
+        least = min(one.work.student_memory(students, self.accumulation) for one in planners
+                    for students in range(one.work.groups, min(share * one.work.groups, self.world) + 1, one.work.groups))
         weights = sum(teacher.size for teacher in self.work.teachers.values())
         return (f"the recipe does not fit on {self.world} rank(s): a student rank needs {least / 2**30:.2f} GiB at least "
                 f"and the teachers' weights {weights / 2**30:.2f} GiB in all, by estimate, but {100 * USABLE:.0f} % of the "

@@ -55,7 +55,8 @@ class RankMap:
     def bytes(self, work: Workload, accumulation: int) -> np.ndarray:
         """Estimated bytes on each rank, float [world]."""
         out = np.full(self.world, work.runtime + work.slots)
-        out[:self.students] = work.student_memory(self.students, accumulation)
+        for group, ranks in enumerate(self._groups(work)):
+            out[ranks] = work.student_memory(self.students, accumulation, group)
         holders = self._holders()
         for rank, names in self.hosted.items():
             out[rank] += work.host_memory + sum(
@@ -65,7 +66,8 @@ class RankMap:
     def system(self, work: Workload, accumulation: int, known: Ranks) -> System:
         answer, train, sent = (np.zeros(self.world) for _ in range(3))
         rows = np.array([part.stop - part.start for part in student_parts(work.batch, self.students, work.groups)])
-        train[:self.students] = accumulation * work.students.micro + rows * (work.students.row + work.view)
+        for engine, ranks in zip(work.engines, self._groups(work)):
+            train[ranks] = accumulation * engine.micro + rows[ranks] * (engine.row + work.view)
         answer += work.step
         asked = np.zeros(self.world)  # rows of all its teachers; where they overlap, a view is made once
         for name, ranks in self._holders().items():
@@ -83,9 +85,14 @@ class RankMap:
         else:
             answer += asked * work.view
         places = self.students // work.groups if self._direct(work, float(sent.sum())) else 0
-        return System(self.students, answer, train, sent, work.window, work.sync(self.students), work.links.bandwidth,
-                      work.links.latency, np.array(known.nodes) if known.nodes else None,
+        return System(self.students, answer, train, sent, work.window, work.sync(self.students, accumulation),
+                      work.links.bandwidth, work.links.latency, np.array(known.nodes) if known.nodes else None,
                       np.array(known.cores) if known.cores else None, known.threads, places, views)
+
+    def _groups(self, work: Workload) -> list[slice]:
+        """The ranks of each group of students."""
+        places = self.students // work.groups
+        return [slice(first, first + places) for first in range(0, self.students, places)]
 
     def _direct(self, work: Workload, size: float) -> bool:
         """Whether rows go to those student ranks only that need them, as pkd.wire decides. size: bytes of a step's."""

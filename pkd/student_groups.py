@@ -5,6 +5,7 @@ the same *place* in every other group. A student's losses are those that it has 
 and no groups, to the last bit but for dropout: groups are a placement, not a part of the identity.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pkd.errors import UserError
@@ -12,11 +13,18 @@ from pkd.errors import UserError
 
 @dataclass(frozen=True)
 class Grouping:
-    """Student ranks [0, ranks) and students, dealt to `groups` groups; `ranks` is a multiple of it."""
+    """dealt: indices of each group's students; student ranks [0, ranks) are a multiple of the groups."""
 
-    groups: int
+    dealt: tuple[tuple[int, ...], ...]
     ranks: int
-    students: int
+
+    @property
+    def groups(self) -> int:
+        return len(self.dealt)
+
+    @property
+    def students(self) -> int:
+        return sum(map(len, self.dealt))
 
     @property
     def places(self) -> int:
@@ -32,14 +40,20 @@ class Grouping:
         return list(range(place, self.ranks, self.places))
 
     def members(self, group: int) -> list[int]:
-        """Indices of a group's students. Dealt round, for those that a recipe names side by side are often alike."""
-        return list(range(group, self.students, self.groups))
+        """Indices of a group's students."""
+        return list(self.dealt[group])
 
 
-def useful(students: int) -> list[int]:
-    """Numbers of groups of which each makes the largest group smaller than all before."""
-    largest = [-(-students // groups) for groups in range(1, students + 1)]
-    return [1, *(groups for groups in range(2, students + 1) if largest[groups - 1] < largest[groups - 2])]
+def deal(costs: Sequence[float], groups: int) -> tuple[tuple[int, ...], ...]:
+    """Indices of each group's students: the dearest first, each to the group that has the least to do. costs: one a student,
+    of which there are at least as many as groups.
+    """
+    load, dealt = [0.0] * groups, [[] for _ in range(groups)]
+    for student in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        least = min(range(groups), key=lambda group: (load[group], len(dealt[group])))
+        load[least] += costs[student]
+        dealt[least].append(student)
+    return tuple(tuple(sorted(group)) for group in dealt)
 
 
 def check_groups(groups: int, students: int, ranks: int) -> None:

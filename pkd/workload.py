@@ -4,11 +4,11 @@ Seconds are of one rank alone on its device (on a CPU: on its core). They come f
 """
 
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 
 from pkd.schedule import BLOCK
-from pkd.student_groups import Grouping
+from pkd.student_groups import deal
 
 
 @dataclass(frozen=True)
@@ -104,33 +104,51 @@ class Workload:
         return -(-self.batch // self.block)
 
     @cached_property
-    def students(self) -> StudentWork:
-        """What an engine has to do at most: the largest of each figure over the groups that students are dealt to."""
-        dealt = Grouping(self.groups, self.groups, len(self.each))
-        groups = [StudentWork.together(self.each[i] for i in dealt.members(group)) for group in range(self.groups)]
-        return StudentWork(*map(max, zip(*map(astuple, groups))))
+    def dealt(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of the students of each group."""
+        return deal([one.seconds(self.batch, 1) for one in self.each], self.groups)
 
-    def sync(self, ranks: int) -> float:
+    @cached_property
+    def engines(self) -> list[StudentWork]:
+        """What each group's engine has to do."""
+        return [StudentWork.together(self.each[index] for index in group) for group in self.dealt]
+
+    @cached_property
+    def students(self) -> StudentWork:
+        """What an engine has to do at most: the largest of each figure over the groups."""
+        return StudentWork(*map(max, zip(*map(astuple, self.engines))))
+
+    def useful(self, groups: list[int]) -> list[int]:
+        """Of these ascending numbers those that make the engine which has the most to do faster than all before."""
+        found, least = [], float("inf")
+        for count in groups:
+            seconds = replace(self, groups=count).students.seconds(self.batch, 1)
+            if seconds < 0.999 * least:
+                found.append(count)
+                least = seconds
+        return found
+
+    def sync(self, ranks: int, accumulation: int) -> float:
         """Seconds that `ranks` student ranks wait for each other's data: for the gradients' ring all-reduce within each
-        group (Patarasuk & Yuan 2009), and for what crosses between groups.
+        group (Patarasuk & Yuan 2009), and for what crosses between groups with every micro batch.
         """
         places, seconds = ranks // self.groups, 0.0
         if self.groups > 1 and self.crossing:
-            seconds = self.links.latency + self.crossing * -(-self.batch // places) / self.links.bandwidth
+            seconds = accumulation * self.links.latency + self.crossing * -(-self.batch // places) / self.links.bandwidth
         if places == 1:
             return seconds
         size = self.students.parameters * self.element
         return seconds + 2 * (places - 1) * (size / places / self.links.gradients + self.links.gradients_latency)
 
-    def student_memory(self, ranks: int, accumulation: int) -> float:
+    def student_memory(self, ranks: int, accumulation: int, group: int | None = None) -> float:
         """Bytes of a student rank without teachers: weights and states by ZeRO stage, the fp32 copies that are validated,
-        a micro batch's activations, slots.
+        a micro batch's activations, slots. group: the rank's; None: whichever has the most.
         """
-        ranks //= self.groups
+        students, ranks = self.students if group is None else self.engines[group], ranks // self.groups
         rows = -(-self.batch // ranks // accumulation)
-        own = student_bytes(self.students.parameters, self.element, self.stage, ranks, self.students.states)
-        micro = rows * (self.students.activations + self.image)
-        return own + 4 * self.students.parameters + micro + self.slots + self.runtime
+        own = student_bytes(students.parameters, self.element, self.stage, ranks, students.states)
+        micro = rows * (students.activations + self.image)
+        return own + 4 * students.parameters + micro + self.slots + self.runtime
 
     @property
     def host_memory(self) -> float:

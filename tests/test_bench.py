@@ -25,7 +25,7 @@ def test_bench_compares_students_alone_teachers_and_archive_and_leaves_nothing(t
                "--steps", 12, env=lambda rank: {"TMPDIR": str(tmp_path)})[0].out
     line = next(line for line in said.splitlines() if line.startswith("round 1 of 1"))
     assert all(f"{name} " in line for name in ("students alone", "online", "archive"))
-    assert " 0.0 img/s" not in line
+    assert " 0.0 img/s" not in line and said.count("1 of 1 rank(s)") == 3
     assert before == {path: path.stat().st_mtime_ns for path in taught.rglob("*")}
     assert not list(tmp_path.glob("pkd-*"))
 

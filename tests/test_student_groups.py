@@ -13,15 +13,30 @@ from pkd.joined import Joined
 from pkd.launcher import Launch
 from pkd.recipe import Timeouts
 from pkd.schedule import student_parts
-from pkd.student_groups import Grouping
+from pkd.student_groups import Grouping, deal
 from pkd.world import World
 
 GROUPS, DEDICATED, CO_LOCATED = "placement.student_groups=2", "placement.kind=dedicated", "placement.kind=co-located"
 
 
+@given(costs=st.lists(st.floats(0.1, 10), min_size=1, max_size=9), groups=st.integers(1, 9))
+def test_no_group_has_more_to_do_than_another_but_for_one_student(costs, groups):
+    groups = min(groups, len(costs))
+    dealt = deal(costs, groups)
+    assert sorted(chain(*dealt)) == list(range(len(costs))) and all(dealt)
+    loads = [sum(costs[index] for index in group) for group in dealt]
+    for group, load in zip(dealt, loads):
+        assert load - min(costs[index] for index in group) <= min(loads) + 1e-9
+
+
+def test_students_that_are_alike_go_round_and_unlike_ones_are_paired():
+    assert deal([1.0] * 5, 2) == ((0, 2, 4), (1, 3)) and deal([2.0, 1.0, 2.0, 1.0], 2) == ((0, 1), (2, 3))
+    assert deal([1.0, 5.0, 1.0, 3.0], 2) == ((1,), (0, 2, 3)) and deal([1.0, 2.0], 1) == ((0, 1),)
+
+
 @given(groups=st.integers(1, 5), places=st.integers(1, 5), more=st.integers(0, 7), batch=st.integers(25, 200))
 def test_every_student_sees_every_sample_on_the_ranks_of_one_group(groups, places, more, batch):
-    grouping = Grouping(groups, groups * places, groups + more)
+    grouping = Grouping(deal([1.0] * (groups + more), groups), groups * places)
     islands = [grouping.island(group) for group in range(groups)]
     assert sorted(chain(*islands)) == list(range(grouping.ranks)) and {len(island) for island in islands} == {places}
     members = [grouping.members(group) for group in range(groups)]
@@ -48,7 +63,7 @@ def in_threads(ranks, action):
 
 def test_every_group_learns_all_students_figures_in_the_recipes_order():
     """Five students in two groups of two ranks: three and two of them, along any dimension; nothing is nothing."""
-    grouping = Grouping(2, 4, 5)
+    grouping = Grouping(((0, 3, 4), (1, 2)), 4)
     whole = torch.arange(5 * 3 * 4, dtype=torch.float64).view(5, 3, 4)
 
     def join(world):

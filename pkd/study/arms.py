@@ -137,7 +137,8 @@ def refuse_unequal(base: Recipe, arm: Arm, recipe: Recipe) -> None:
     """Raises UserError where an arm's students see or are something else, so that nothing could be compared."""
     both = [{"data": r.data, "views": r.views, "distill": r.distill, "seed": r.seed, "channels_last": r.channels_last,
              "students": r.students, "deepspeed.students": r.deepspeed.students,
-             "placement.accumulation": r.placement.accumulation, "placement.student_groups": r.placement.student_groups}
+             "placement.accumulation": r.placement.accumulation,
+             "placement.student_groups": r.placement.student_groups or 1}
             for r in (base, recipe)]
     for key in both[0]:
         if both[0][key] != both[1][key]:

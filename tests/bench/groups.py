@@ -54,7 +54,7 @@ def main() -> None:
             for case, (nets, changes) in CASES.items():
                 for kind, split in KINDS.items() if nets == name else ():
                     trial = Trial(folder, [*words, f"teachers_from={taught}", *changes, *split], 2)
-                    programs.append(Program(f"{case}: {kind}", lambda trial=trial: trial.rate(ask.steps)))
+                    programs.append(Program(f"{case}: {kind}", lambda trial=trial: trial.rate(ask.steps)[0]))
         rates = take_turns(programs, ask.rounds, lambda text: print(text, flush=True))
     lines = ["# Students in groups", "",
              f"Written by `tests/bench/groups.py` on {os.cpu_count()} CPU cores, torch {torch.__version__}: two ranks of "

@@ -28,7 +28,7 @@ from pkd.bench import Program, Trial, spread, take_turns
 from pkd.data import load_data
 from pkd.metrics import enough, steady
 from pkd.models import build
-from pkd.placement import Placement
+from pkd.placement import Placement, outline
 from pkd.recipe import Model
 from pkd.recipe_file import load_recipe
 from pkd.teacher import TeacherHost
@@ -157,8 +157,7 @@ class Bench:
         placement = Placement.from_json(line["placement"])
         self.holds[name] = {role: [placement.answers_for(rank) for rank in range(ranks) if placement.role(rank) == role]
                             for role in ("student", "teacher")}
-        groups = f", {placement.groups} groups of students" if placement.groups > 1 else ""
-        self.kinds[name] = f"{placement.kind}, {placement.student_ranks} of {ranks} ranks train{groups}"
+        self.kinds[name] = outline(placement)
         return line["steady_images_per_second"]
 
     def _words(self, recipe: str, ranks: int, threads: int) -> list[str]:
