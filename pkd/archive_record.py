@@ -15,7 +15,7 @@ from pkd.files import read_json, sha256
 from pkd.hardware import cpu_model, hardware
 from pkd.job import Job
 from pkd.objective import Constants
-from pkd.placement import groups_if_all_train
+from pkd.placement import possible_groups
 from pkd.recipe import part
 from pkd.recipe_file import difference
 from pkd.run_folder import RunFolder
@@ -99,7 +99,7 @@ def open_archive(job: Job, key: dict, layout: Layout, views: Views) -> Path | No
                 raise UserError("views are drawn anew in every epoch, so there is nothing to archive: set views.finite to a "
                                 f"number of views, leave the augmentation out, {ONLINE}")
             index, record = fitting(job, key, layout, views)
-            groups_if_all_train(recipe, world.size)
+            possible_groups(recipe, world.size)  # every rank trains
             made = set(record.get("made_on", [])) - {kernels(job)}
             return {"index": index, "shards": record["shards"], "other": sorted(made)}
         except UserError as error:

@@ -160,8 +160,7 @@ class Setup:
         found = world.first("placement before", before)
         if found is None:
             measured, online = None, bool(self.asked) and self.archive is None
-            wanted = recipe if online else without_teachers(recipe)
-            decides = chooses(recipe, world.size) if online else len(group_options(wanted, world.size)) > 1
+            decides = chooses(recipe, world.size) if online else len(group_options(without_teachers(recipe), world.size)) > 1
             if world.size > 1 and (online or decides):
                 measured = calibrated(job, self.schedule, self.views, self.ballot, online, decides)
 

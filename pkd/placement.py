@@ -123,7 +123,7 @@ def without_teachers(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"placement": wish})
 
 
-def groups_if_all_train(recipe: Recipe, world: int) -> list[int]:
+def possible_groups(recipe: Recipe, world: int) -> list[int]:
     """The numbers of groups of students in which every rank can train, where no teacher is asked. Raises UserError."""
     found, refusal = [], None
     for groups in group_options(without_teachers(recipe), world):
@@ -141,7 +141,7 @@ def groups_if_all_train(recipe: Recipe, world: int) -> list[int]:
 def _planned(recipe: Recipe, world: int, work: Workload, known: Ranks) -> Placement:
     wish = recipe.placement
     planner = Planner(work, world, wish.accumulation, wish.replicas, known)
-    choice = planner.choose(work.useful(group_options(recipe, world, known)))
+    choice = planner.choose(group_options(recipe, world, known))
     return Placement(choice.map.kind, world, choice.map.students, wish.accumulation,
                      tuple(_sources(choice.map.hosted, work)), choice.groups, replace(work, groups=choice.groups).dealt,
                      known.nodes, choice.why)
@@ -149,11 +149,11 @@ def _planned(recipe: Recipe, world: int, work: Workload, known: Ranks) -> Placem
 
 def _all_train(recipe: Recipe, world: int, work: Workload, known: Ranks) -> Placement:
     """Where no teacher is asked; in that number of groups of students which has the shortest predicted step."""
-    accumulation, groups, steps = recipe.placement.accumulation, work.useful(groups_if_all_train(recipe, world)), {}
+    accumulation, groups, steps = recipe.placement.accumulation, possible_groups(recipe, world), {}
     for count in groups if len(groups) > 1 else ():
-        dealt = replace(work, groups=count)
-        if Planner(dealt, world, accumulation, {}, known).trains(world):
-            steps[count] = simulate(RankMap(world, world, {}).system(dealt, accumulation, known)).step
+        grouped = replace(work, groups=count)
+        if Planner(grouped, world, accumulation, {}, known).trains(world):
+            steps[count] = simulate(RankMap(world, world, {}).system(grouped, accumulation, known)).step
     if not steps:
         return _as_told(recipe, world, replace(work, groups=groups[0]), known)
     best = min(steps, key=lambda count: (rounded(steps[count]), count))

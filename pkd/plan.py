@@ -48,14 +48,15 @@ def plan(recipe: Recipe, world: int, console: Console, device: str | None = None
     work = replace(work, groups=placement.groups)
     system = placement.rank_map().system(work, placement.accumulation, known)
     predicted = simulate(system)
-    ranks = _ranks(placement, work, system, predicted)
+    ranks = _ranks(placement, work, system, predicted, [student.name for student in recipe.students])
     bounds = system.bounds()
     found = {
         "placement": placement.to_json(), "seconds": work.source, "ranks": ranks, "step_ms": 1000 * predicted.step,
         "idle": {role: predicted.idle(role) for role in dict.fromkeys(rank["role"] for rank in ranks)},
         "bound_by": max(bounds, key=bounds.get),
         "next_rank": next_rank(work, placement.rank_map(), placement.accumulation, known, predicted.step,
-                               work.useful(group_options(wish, world + 1)) if known.apart(range(world)) else ()),
+                               group_options(wish if work.teachers else without_teachers(wish), world + 1)
+                               if known.apart(range(world)) else ()),
     }
     groups = f", students in {placement.groups} groups" if placement.groups > 1 else ""
     console.show(_table(f"{recipe.name} on {world} rank(s): {placement.kind}{groups}", ranks))
@@ -103,12 +104,16 @@ def _seconds_a_view(views: Views, data: DataSet) -> float:
     return (time.perf_counter() - began) / len(ids)
 
 
-def _ranks(placement: Placement, work: Workload, system: System, predicted: Prediction) -> list[dict]:
+def _ranks(placement: Placement, work: Workload, system: System, predicted: Prediction, students: list[str]) -> list[dict]:
+    """students: their names."""
+    trained = [[students[index] for index in group] for group in placement.dealt]
+    places = placement.student_ranks // placement.groups
     shards = {name: f"{name} (1/{len(source.group)})" for source in placement.sources if source.group
               for name in source.teachers}
     parts = student_parts(work.batch, placement.student_ranks, placement.groups)
     size = placement.rank_map().bytes(work, placement.accumulation)
     return [{"rank": rank, "role": placement.role(rank),
+             "students": trained[rank // places] if rank < placement.student_ranks else [],
              "samples": parts[rank].stop - parts[rank].start if rank < len(parts) else 0,
              "teachers": [shards.get(name, name) for name in placement.answers_for(rank)],
              "ms": 1000 * float(system.answer[rank] + system.train[rank]),
@@ -118,12 +123,14 @@ def _ranks(placement: Placement, work: Workload, system: System, predicted: Pred
 def _table(title: str, ranks: list[dict]) -> Table:
     """One row for neighbours that do the same."""
     table = Table(title=title)
-    for column in ("ranks", "role", "samples", "answer for", "ms of work", "idle %", "GB"):
-        table.add_column(column, justify="left" if column in ("role", "answer for") else "right")
-    for (role, samples, teachers), group in groupby(ranks, key=lambda r: (r["role"], r["samples"], r["teachers"])):
+    for column in ("ranks", "role", "trains", "samples", "answer for", "ms of work", "idle %", "GB"):
+        table.add_column(column, justify="left" if column in ("role", "trains", "answer for") else "right")
+    for (role, students, samples, teachers), group in groupby(
+            ranks, key=lambda rank: (rank["role"], rank["students"], rank["samples"], rank["teachers"])):
         same = list(group)
         first, last = same[0]["rank"], same[-1]["rank"]
-        table.add_row(f"{first}" if first == last else f"{first}-{last}", role, f"{samples or ''}", ", ".join(teachers),
+        table.add_row(f"{first}" if first == last else f"{first}-{last}", role, ", ".join(students), f"{samples or ''}",
+                      ", ".join(teachers),
                       f"{max(r['ms'] for r in same):,.2f}", f"{100 * sum(r['idle'] for r in same) / len(same):.0f}",
                       f"{max(r['bytes'] for r in same) / 1e9:,.2f}")
     return table

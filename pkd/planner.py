@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from pkd.errors import UserError
 from pkd.rank_map import USABLE, RankMap, Ranks
 from pkd.schedule import SAMPLES_PER_RANK
@@ -58,10 +60,7 @@ class Planner:
         what the workload says. Raises UserError where none fits.
         """
         planners = [replace(self, work=replace(self.work, groups=count)) for count in groups] or [self]
-        trials = [(*trial, number) for number, planner in enumerate(planners) for trial in planner._trials()]
-        trials.sort(key=lambda trial: trial[0])  # of the same length those of fewer groups first
-        few = len(trials) if self.world <= SMALL else FEW
-        found = self._candidates(planners, trials[:few]) or self._candidates(planners, trials[few:])
+        found = self._candidates([(planner, *trial) for planner in planners for trial in planner._trials()])
         if not found:
             for planner in planners:
                 if planner._feasible():
@@ -81,39 +80,51 @@ class Planner:
         """Teachers on `hosts` ranks after the students, or on all ranks if all train; None if they do not fit."""
         work, apart = self.work, students < self.world
         ranks = range(students, students + hosts) if apart else range(self.world)
-        taken = work.runtime + work.slots if apart else work.student_memory(students, self.accumulation)
-        room = [self.known.usable(rank) - taken - work.host_memory for rank in ranks]
+        taken = RankMap(self.world, students, {}).bytes(work, self.accumulation) + work.host_memory
+        room = [self.known.usable(rank) - taken[rank] for rank in ranks]
+        if max(work.sizes.values(), default=0) > max(room):
+            return None
+        busy = [] if apart or work.groups == 1 else np.repeat(self._train(work.batch * work.groups / students),
+                                                              students // work.groups).tolist()
         try:
-            shares = self._shares(len(ranks), room)
+            shares = self._shares(len(ranks), room, busy if len(set(busy)) > 1 else None)
         except UserError:
             return None
         return RankMap(self.world, students, {rank: names for rank, (names, _) in zip(ranks, shares) if names})
 
-    @staticmethod
-    def _candidates(planners: list["Planner"], trials: list[tuple[float, int, int, int]]) -> list[Candidate]:
-        """Those of some trials that fit. trials: of _trials(), each with the number of its planner."""
-        found: list[Candidate] = []
-        for _, students, hosts, number in trials:
-            planner = planners[number]
+    def _candidates(self, trials: list[tuple["Planner", float, int, int]]) -> list[Candidate]:
+        """Those that fit; with many ranks the few with the shortest conceivable step. trials: of _trials(), and whose."""
+        found: dict[tuple[str, int], Candidate] = {}
+        most = len(trials) if self.world <= SMALL else FEW
+        for planner, _, students, hosts in sorted(trials, key=lambda trial: trial[1]):  # stable: fewer groups first
             ranks, groups = planner.rank_map(students, hosts), planner.work.groups
-            if ranks and (ranks, groups) not in [(one.map, one.groups) for one in found]:  # hosts without a share
-                found.append(Candidate(ranks, groups, ranks.system(planner.work, planner.accumulation, planner.known)))
-        return found
+            if ranks:  # the same as another one where there are more hosts than shares
+                system = ranks.system(planner.work, planner.accumulation, planner.known)
+                found.setdefault((repr(ranks), groups), Candidate(ranks, groups, system))
+            if len(found) == most:
+                break
+        return list(found.values())
 
     def _trials(self) -> list[tuple[float, int, int]]:
         """What a step takes at the very least, student ranks, and ranks apart for teachers, of which 0 means that all ranks
         do both. With many ranks only divisions that leave none out.
         """
-        work, often, out = self.work, self.accumulation, []
+        work, out = self.work, []
         cost = sum(teacher.seconds for teacher in work.teachers.values())
+        views = work.view * max((teacher.rows for teacher in work.teachers.values()), default=0.0) * (not work.sent)
         for students in self._feasible():
-            rows, apart = -(-work.batch // (students // work.groups)), self.world - students
-            train = work.students.seconds(rows, often) + rows * work.view + work.step + work.sync(students, often)
+            places, apart = students // work.groups, self.world - students
+            train = max(self._train(-(-work.batch // places))) + work.step + work.sync(students, self.accumulation)
             if not apart:
-                out.append((train + cost / self.world, students, 0))
+                whole = places * sum(self._train(work.batch / places))
+                out.append((max(train, (whole + cost) / self.world), students, 0))
             for hosts in range(1, apart + 1) if self.world <= SMALL else filter(None, [apart]):
-                out.append((max(train, cost / hosts), students, hosts))
+                out.append((max(train, (cost + views) / hosts), students, hosts))
         return out
+
+    def _train(self, rows: float) -> list[float]:
+        """Seconds of a step's micro batches of so many rows in all, for a rank of each group."""
+        return [engine.seconds(rows, self.accumulation) + rows * self.work.view for engine in self.work.engines]
 
     def _feasible(self) -> list[int]:
         return [students for students in range(1, self.world + 1) if self.trains(students)]
@@ -127,9 +138,9 @@ class Planner:
         needed = self.work.student_memory(students, self.accumulation)
         return all(map(self.known.apart, islands)) and all(needed <= self.known.usable(rank) for rank in range(students))
 
-    def _shares(self, hosts: int, room: list[float]) -> list[tuple[list[str], float]]:
+    def _shares(self, hosts: int, room: list[float], load: list[float] | None = None) -> list[tuple[list[str], float]]:
         work = self.work
-        return share_out(work.costs, hosts, self.fixed, work.most, work.sizes, room, work.blocks, idle=True)
+        return share_out(work.costs, hosts, self.fixed, work.most, work.sizes, room, work.blocks, idle=True, load=load)
 
     def _why(self, best: Candidate, predicted: Prediction, found: list[Candidate]) -> str:
         ranks = best.map
@@ -177,12 +188,12 @@ def next_rank(work: Workload, ranks: RankMap, accumulation: int, known: Ranks, s
     if ranks.kind == "dedicated":
         wishes.append(("to the teachers", ranks.students, hosts + 1))
     found = [(step, f"nowhere: no step of {work.batch} samples gets shorter")]
-    for dealt in [replace(work, groups=count) for count in groups] or [work]:
-        planner = Planner(dealt, ranks.world + 1, accumulation, {}, more)
+    for grouped in [replace(work, groups=count) for count in groups] or [work]:
+        planner = Planner(grouped, ranks.world + 1, accumulation, {}, more)
         for where, students, count in wishes:
             trial = planner.rank_map(students, count) if planner.trains(students) else None
             if trial:
-                shorter = simulate(trial.system(dealt, accumulation, more)).step
+                shorter = simulate(trial.system(grouped, accumulation, more)).step
                 found.append((1.01 * shorter, f"{where}, for {1000 * shorter:.3g} ms a step"))
     return min(found)[1]
 

@@ -196,7 +196,7 @@ class Placement(Section):
     accumulation: Whole = 1  # micro batches per optimizer step on each student rank
     # Islands that students and their ranks are dealt to, each with an engine of its own and the whole batch: no gradients
     # cross between them, and batch statistics are of 1/n as many ranks. As many as students: each has ranks of its own.
-    # Left out: where pkd chooses how many ranks train, the number with the shortest predicted step; else one.
+    # Left out: one, or with kind auto and neither student_ranks nor shards the number with the shortest predicted step.
     student_groups: Whole | None = None
 
 

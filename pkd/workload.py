@@ -4,7 +4,7 @@ Seconds are of one rank alone on its device (on a CPU: on its core). They come f
 """
 
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from functools import cached_property
 
 from pkd.schedule import BLOCK
@@ -105,7 +105,7 @@ class Workload:
 
     @cached_property
     def dealt(self) -> tuple[tuple[int, ...], ...]:
-        """Indices of the students of each group."""
+        """Indices of the students of each group. A student's part of the work is always an estimate."""
         return deal([one.seconds(self.batch, 1) for one in self.each], self.groups)
 
     @cached_property
@@ -117,16 +117,6 @@ class Workload:
     def students(self) -> StudentWork:
         """What an engine has to do at most: the largest of each figure over the groups."""
         return StudentWork(*map(max, zip(*map(astuple, self.engines))))
-
-    def useful(self, groups: list[int]) -> list[int]:
-        """Of these ascending numbers those that make the engine which has the most to do faster than all before."""
-        found, least = [], float("inf")
-        for count in groups:
-            seconds = replace(self, groups=count).students.seconds(self.batch, 1)
-            if seconds < 0.999 * least:
-                found.append(count)
-                least = seconds
-        return found
 
     def sync(self, ranks: int, accumulation: int) -> float:
         """Seconds that `ranks` student ranks wait for each other's data: for the gradients' ring all-reduce within each
@@ -144,7 +134,9 @@ class Workload:
         """Bytes of a student rank without teachers: weights and states by ZeRO stage, the fp32 copies that are validated,
         a micro batch's activations, slots. group: the rank's; None: whichever has the most.
         """
-        students, ranks = self.students if group is None else self.engines[group], ranks // self.groups
+        if group is None:
+            return max(self.student_memory(ranks, accumulation, group) for group in range(self.groups))
+        students, ranks = self.engines[group], ranks // self.groups
         rows = -(-self.batch // ranks // accumulation)
         own = student_bytes(students.parameters, self.element, self.stage, ranks, students.states)
         micro = rows * (students.activations + self.image)

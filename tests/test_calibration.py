@@ -48,17 +48,14 @@ def test_a_damaged_figure_is_measured_again_and_a_new_model_is_timed_alone(disti
     assert "timing 2 part(s)" in distill("third", "students.0.model.width=0.5")  # the step, alone and in common
 
 
-def test_students_are_dealt_to_groups_where_their_gradients_took_long_here(distill, tiny, tmp_path):
-    """Never two ranks that average gradients; and a run without teachers has its parts timed as well."""
-    cache = tmp_path / "cache"
-    for file in (cache / "pkd" / "calibration").glob("*.json"):
-        figure = json.loads(file.read_text())
-        if figure["key"]["part"] in ("sync", "view"):
-            file.write_text(json.dumps(figure | {"seconds": [10.0 if figure["key"]["part"] == "sync" else 1e-6]}))
-    said = run(1, "plan", tiny, "--world", 2, "--json", env=lambda rank: {"XDG_CACHE_HOME": str(cache)})[0].out
-    placement = json.loads(said)["placement"]
-    assert "(measured)" in placement["why"] and (placement["groups"] == 2 or placement["student_ranks"] == 1)
+def test_without_teachers_students_are_in_groups_where_their_gradients_took_longer_here_than_views(distill, tmp_path):
     assert "ms a step predicted (measured)" in distill("alone", "objective.kind=alone")
+    for part, seconds, groups in (("sync", 10.0, "2 group(s)"), ("view", 1.0, "1 group(s)")):
+        for file in (tmp_path / "cache" / "pkd" / "calibration").glob("*.json"):
+            figure = json.loads(file.read_text())
+            if figure["key"]["part"] == part:
+                file.write_text(json.dumps(figure | {"seconds": [seconds]}))
+        assert f"the students in {groups}" in distill(part, "objective.kind=alone")
 
 
 def test_plan_takes_what_was_timed_here_or_a_data_sheet(tiny, first):

@@ -17,7 +17,7 @@ from pkd.recipe_file import parse_recipe
 from pkd.schedule import SAMPLES_PER_RANK
 from pkd.simulator import simulate
 from pkd.system import System
-from pkd.workload import Links
+from pkd.workload import Links, StudentWork
 
 GIB = 2**30
 
@@ -30,7 +30,7 @@ def recipe(batch: int, students: int = 1, **placement) -> Recipe:
 
 def test_a_thousand_ranks_are_busy_and_nothing_is_over_its_limit():
     work, known = large_workload(8, 4096), Ranks((80 * GIB,) * 1024, tuple(range(1024)))
-    choice = Planner(work, 1024, 1, {}, known).choose(work.useful([1, 2, 3, 4]))
+    choice = Planner(work, 1024, 1, {}, known).choose([1, 2, 3, 4])
     assert choice.predicted.busy.mean() / choice.predicted.busy.max() > 0.9
     assert set().union(*map(set, choice.map.hosted.values())) == set(work.teachers) and len(work.teachers) == 255
     assert work.batch // (choice.map.students // choice.groups) >= SAMPLES_PER_RANK
@@ -51,7 +51,7 @@ def test_no_placement_is_predicted_to_be_much_faster_than_autos(costs, row, worl
         every = [planner.rank_map(trained, hosts) for trained in range(1, world + 1) if planner.trains(trained)
                  for hosts in range(1, max(2, world - trained + 1))]
         steps += [simulate(ranks.system(planner.work, 1, known)).step for ranks in every if ranks]
-    assert Planner(work, world, 1, {}, known).choose(work.useful(options)).predicted.step <= 1.02 * min(steps)
+    assert Planner(work, world, 1, {}, known).choose(options).predicted.step <= 1.02 * min(steps)
 
 
 def test_teachers_as_heavy_as_the_students_are_put_apart_where_the_gradients_are_dear():
@@ -141,8 +141,19 @@ def test_a_step_takes_as_long_as_the_largest_group_takes_and_the_others_wait():
         assert trained.sum() == pytest.approx(0.3 + 64 * 0.03) and trained.max() == pytest.approx(part * trained.sum())
     bytes_of = RankMap(2, 2, {}).bytes(replace(work, groups=2), 1)
     assert bytes_of[0] == replace(work, groups=2).student_memory(2, 1) > bytes_of[1]
-    useful = {students: work_of(recipe(64, students), {}).useful([1, 2, 3, 4, 5][:students]) for students in (1, 4, 5)}
-    assert useful == {1: [1], 4: [1, 2, 4], 5: [1, 2, 3, 5]}
+
+
+def test_unlike_students_are_dealt_by_cost_and_each_rank_is_judged_by_its_own():
+    """One has all the activations, the other all the weights: each fits a rank of its own, both together none."""
+    wish = recipe(64, 2)
+    dear, light = StudentWork(0.1, 0.01, 10**6, 1, GIB / 16), StudentWork(0.02, 0.002, 2**28, 1, 1000.0)
+    work = replace(work_of(wish, {}), each=(dear, light))
+    placement = place(wish, 2, work, Ranks((6 * GIB,) * 2))
+    assert placement.groups == 2 and placement.dealt == ((0,), (1,))
+    cheap = replace(work, each=(dear, *[replace(light, parameters=1000)] * 2))
+    assert place(recipe(64, 3), 2, cheap).dealt in (((0,), (1, 2)), ((0, 1, 2),))
+    asked = replace(work_of(wish, {"top": 0.5}), each=(dear, replace(light, parameters=1000)), groups=2)
+    assert Planner(asked, 2, 1, {}, Ranks()).rank_map(2, 0).hosted == {1: ["top"]}, "the rank that trains the light one"
 
 
 def test_groups_wait_for_each_others_logits_where_there_is_an_ensemble_term():
