@@ -249,7 +249,7 @@ def programs(bench: Bench) -> dict[str, Program]:
         pkd("pkd archive", "paper", 2, "soft_targets=archive"),
         other("published loop, our kernels", "published_loop", "paper", "ours"),
         other("published loop, eager", "published_loop", "paper", "eager"),
-        pkd("pkd online, co-located in groups", "paper", 2, "placement.kind=co-located", "placement.student_groups=2"),
+        pkd("pkd online, dedicated", "paper", 2, "placement.kind=dedicated"),
         pkd("pkd online", "paper", 2),
         other("naive data parallel, our kernels", "naive_ddp", "paper", "ours", 2),
         other("torchdistill, eager", "torchdistill_kd", "pair-eager", "eager"),
@@ -280,7 +280,7 @@ def rows(rates: dict[str, list[float]], filled: float) -> list[tuple[str, str, l
               ("", "archive, 30 epochs with its filling,", "pkd archive", whole, ("5.5", "2.8")),
               (one_group, "archive, 30 epochs with its filling,", "pkd archive", whole, ("5.5", "2.8")),
               ("", "online", "pkd online", lambda other, one: over(one, other), ("3.5", "2.0")),
-              (", co-located in groups", "online", "pkd online", lambda other, one: over(one, other), ("3.5", "2.0")))
+              (", dedicated", "online", "pkd online", lambda other, one: over(one, other), ("3.5", "2.0")))
           for kernels, asked in zip(("eager", "our kernels"), every)),
         ("online against naive data parallel, our kernels", "1.0", over("pkd online", "naive data parallel, our kernels")),
         ("a teacher rank and a student rank, a core each: students against alone on one core", "0.92",
@@ -306,7 +306,7 @@ def reckoned(bench: Bench, rates: dict[str, list[float]], filled: float, whole: 
 def memory(bench: Bench) -> list[str]:
     naive = bench.memory["naive data parallel, our kernels"]["student"]
     out = []
-    for name in ("pkd online", "pkd online, co-located in groups"):
+    for name in ("pkd online", "pkd online, dedicated"):
         peaks = sorted(bench.memory[name].items(), key=lambda one: -one[1])
         said = [f"{(naive - peak) / 1e6:.0f} MB less for its largest {role} rank, where teachers of "
                 f"{bench.teachers_not_held(name, role) / 1e6:.0f} MB are not held" for role, peak in peaks]
