@@ -13,7 +13,7 @@ from pkd.optimizer import parameter_group, state_keys
 from pkd.pyramid import Pyramid
 from pkd.recipe import Recipe
 from pkd.schedule import BLOCK
-from pkd.workload import Links, StudentWork, TeacherWork, Workload
+from pkd.workload import Links, StudentWork, TeacherWork, Workload, ring
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,20 @@ def workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, timings: Timings, 
                     len(state_keys(parameter_group(student.name, [], student))), element * cost.activations)
         for student, cost, part in zip(recipe.students, costs, timings.parts, strict=True))
     crossing = 4.0 * len(students) * len(data.classes) if any(fixed.ensemble) else 0.0
-    links = timings.links
+    links, meeting = timings.links, 0.0
     if timings.sync:
-        links = _ring(links, *timings.sync, sum(cost.parameters for cost in costs) * element)
+        size = sum(cost.parameters for cost in costs) * element
+        meeting = max(0.0, timings.sync[1] - ring(links.bandwidth, links.latency, size, timings.sync[0]))
+        links = _ring(links, *timings.sync, size)
     return Workload(
-        teachers, students, batch, recipe.placement.student_groups or 1, crossing, timings.view, timings.step, recipe.window,
-        recipe.together, stage(config), element, teacher_memory=4 * block * largest,
+        teachers, students, batch, recipe.placement.student_groups or 1, crossing, meeting, timings.view, timings.step,
+        recipe.window, recipe.together, stage(config), element, teacher_memory=4 * block * largest,
         image=data.channels * data.size[0] * data.size[1], links=links, runtime=runtime, source=timings.source,
         sent=recipe.teacher_views == "sent", exchange=recipe.exchange, block=block)
 
 
 def _ring(links: Links, ranks: int, seconds: float, size: float) -> Links:
-    """Links whose ring all-reduce of `size` bytes (Workload.sync) takes so many seconds."""
+    """Links whose ring() of `size` bytes takes so many seconds."""
     hop = max(seconds, 1e-6) / 2 / (ranks - 1)
     latency = min(links.gradients_latency, hop / 2)
     return replace(links, gradients=size / ranks / (hop - latency), gradients_latency=latency)

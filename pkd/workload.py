@@ -68,6 +68,7 @@ class Workload:
     batch: int
     groups: int = 1  # of students and their ranks
     crossing: float = 0.0  # bytes a row of what groups tell each other in a step: logits, where there is an ensemble term
+    meeting: float = 0.0  # seconds of a step that ranks which meet in it wait for the slowest, the wire's aside
     view: float = 0.0  # seconds to read, decode and augment one image
     step: float = 0.0  # seconds of every rank's bookkeeping in a step: routes, votes
     window: int = 2
@@ -119,16 +120,17 @@ class Workload:
         return StudentWork(*map(max, zip(*map(astuple, self.engines))))
 
     def sync(self, ranks: int, accumulation: int) -> float:
-        """Seconds that `ranks` student ranks wait for each other's data: for the gradients' ring all-reduce within each
-        group (Patarasuk & Yuan 2009), and for what crosses between groups with every micro batch.
+        """Seconds that `ranks` student ranks wait for each other: for the gradients' all-reduce within each group, whose
+        measured links hold what meeting costs, and for what crosses between groups with every micro batch.
         """
         places, seconds = ranks // self.groups, 0.0
         if self.groups > 1 and self.crossing:
-            seconds = accumulation * self.links.latency + self.crossing * -(-self.batch // places) / self.links.bandwidth
+            wire = accumulation * self.links.latency + self.crossing * -(-self.batch // places) / self.links.bandwidth
+            seconds = wire + (self.meeting if places == 1 else 0.0)
         if places == 1:
             return seconds
         size = self.students.parameters * self.element
-        return seconds + 2 * (places - 1) * (size / places / self.links.gradients + self.links.gradients_latency)
+        return seconds + ring(self.links.gradients, self.links.gradients_latency, size, places)
 
     def student_memory(self, ranks: int, accumulation: int, group: int | None = None) -> float:
         """Bytes of a student rank without teachers: weights and states by ZeRO stage, the fp32 copies that are validated,
@@ -151,6 +153,11 @@ class Workload:
     def slots(self) -> float:
         """Bytes of the window's buffers, large enough for every teacher's answers."""
         return (self.window + self.together) * sum(2 * self.batch * teacher.width for teacher in self.teachers.values())
+
+
+def ring(bandwidth: float, latency: float, size: float, ranks: int) -> float:
+    """Seconds of an all-reduce of `size` bytes over a ring of ranks (Patarasuk & Yuan 2009)."""
+    return 2 * (ranks - 1) * (size / ranks / bandwidth + latency)
 
 
 def student_bytes(parameters: int, element: int, stage: int, ranks: int, states: int) -> float:

@@ -65,9 +65,10 @@ def _server(repository: Path) -> str:
     """The address of this process's server; it ends when its standard input does, thus with this process."""
     folder = tempfile.mkdtemp(prefix="pkd-fork-")
     address = f"{folder}/socket"
+    path = os.pathsep.join(filter(None, [str(repository), str(repository / "tests"), os.environ.get("PYTHONPATH")]))
     server = subprocess.Popen([sys.executable, __file__, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                               cwd=repository, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                                                   "PYTHONPATH": f"{repository}:{repository / 'tests'}"})
+                                                   "PYTHONPATH": path})
     while (line := server.stdout.readline()) != "ready\n":  # DeepSpeed may say something first
         if not line:
             raise RuntimeError("the server of forked ranks did not start")

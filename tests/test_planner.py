@@ -162,6 +162,9 @@ def test_groups_wait_for_each_others_logits_where_there_is_an_ensemble_term():
     assert alone.sync(2, 1) == replace(crossing, groups=1).sync(2, 1) == 0
     assert crossing.sync(2, 1) == pytest.approx(0.129) and crossing.sync(2, 2) == pytest.approx(0.130)
     assert crossing.sync(4, 1) == pytest.approx(0.065), "a rank of two in each group has half of the rows"
+    meeting = replace(crossing, meeting=0.5)
+    assert meeting.sync(2, 1) == pytest.approx(0.629) and meeting.sync(4, 1) == pytest.approx(0.065), "its ring holds it"
+    assert replace(alone, meeting=0.5).sync(2, 1) == 0, "ranks that tell each other nothing do not meet"
 
 
 @pytest.mark.parametrize(("cost", "wanted"), [(5.0, "to the teachers"), (0.5, "to the students")])
