@@ -62,8 +62,8 @@ def recipes(folder: Path, forward: str) -> dict[str, Path]:
     one student. Noise serves as images: nobody's speed depends on them. forward: the teachers' arithmetic.
     """
     chance = np.random.default_rng(0)
-    np.savez(folder / "noise.npz", x_train=chance.integers(0, 256, (3600, 3, 32, 32), dtype=np.uint8),
-             y_train=np.arange(3600) % 100, x_test=chance.integers(0, 256, (100, 3, 32, 32), dtype=np.uint8),
+    np.savez(folder / "noise.npz", x_train=chance.integers(0, 256, (4800, 3, 32, 32), dtype=np.uint8),
+             y_train=np.arange(4800) % 100, x_test=chance.integers(0, 256, (100, 3, 32, 32), dtype=np.uint8),
              y_test=np.arange(100) % 100, classes=np.array([f"{c:02}" for c in range(100)]))
     base = {"data": {"name": "npz", "path": str(folder / "noise.npz")}, "views": {}, "compare_views": False,
             "teachers": {"steps": 10, "lr": 1e-4, "batch": 32, "forward": forward}, "distill": {"epochs": 1, "batch": 64},
