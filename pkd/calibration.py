@@ -31,6 +31,7 @@ from pkd.timings import Timings
 from pkd.views import Views
 
 SECONDS, TIMES = 0.3, 5  # each part is timed so long and so often at least
+STEPS = 12  # students' steps of each kind: from them comes how much one differs from the next
 LARGE = 2**22  # bytes of the large message
 
 
@@ -140,22 +141,22 @@ class _Meter:
         return [self._time(lambda: host.forward(0, images))]
 
     def _train(self, key: dict) -> list[float]:
-        seconds = self._steps([self.job.world.rank], key["rows"], self._time)
-        return [*seconds, self._time(self._routes)]
+        few, many = self._steps("students", [self.job.world.rank], key["rows"])
+        median = statistics.median(many)
+        return [statistics.median(few), median, statistics.stdev(many) / median, self._time(self._routes)]
 
-    def _sync(self, key: dict) -> list[float]:
-        def so_often(action: Callable[[], object]) -> float:  # all ranks must agree how often
-            return statistics.median(self._once(action) for _ in range(4 * TIMES))
-        return self._steps(self.ranks, key["rows"][:1], so_often)
+    def _sync(self, key: dict) -> list[float]:  # one soon after the other: a machine's speed drifts
+        return [statistics.median(self._steps(name, island, key["rows"][:1])[0])
+                for name, island in (("one rank", [self.job.world.rank]), ("several ranks", self.ranks))]
 
-    def _steps(self, island: list[int], sizes: list[int], seconds: Callable) -> list[float]:
-        """The students' step on an island of ranks, for micro batches of these sizes."""
+    def _steps(self, name: str, island: list[int], sizes: list[int]) -> list[list[float]]:
+        """Seconds of each of some students' steps on an island of ranks, for micro batches of these sizes. name: its own."""
         job, recipe, device = self.job, self.job.recipe, self.device
         fixed = constants(recipe, job.pyramid.levels)
         unpacker = Unpacker(job.pyramid, asked(recipe.objective.kind, job.pyramid))
         labels, routes = self._routes()
         flat = torch.zeros(routes.size, dtype=torch.float16)
-        job.world.join_island(f"calibration of ranks {island}", island)
+        job.world.join_island(f"calibration of {name}: ranks {island}", island)
         networks = {s.name: fresh(s.model.model_copy(update={"weights": None}), len(job.data.classes), job.data, 0, s.name)
                     for s in recipe.students}
         engine = Engine(networks, list(recipe.students), load_ds_config(recipe.deepspeed.students), 1, device,
@@ -167,7 +168,10 @@ class _Meter:
             levels = unpacker.unpack(routes, flat, slice(0, rows), device)
             loss, _ = pyramid_loss(engine.train_step(images), labels[:rows].to(device), levels, len(labels), fixed)
             engine.backward(loss)
-        found = [seconds(lambda rows=rows: step(rows)) for rows in sizes]
+        found = []
+        for rows in sizes:
+            self._once(lambda rows=rows: step(rows))
+            found.append([self._once(lambda rows=rows: step(rows)) for _ in range(STEPS)])  # the same on all ranks
         engine.close()
         job.world.leave_island()
         if device.type == "cuda":

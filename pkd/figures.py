@@ -37,7 +37,9 @@ class Keys:
                 "forward": self.recipe.teachers.forward, "rows": self.recipe.answer_rows, **self._common()}
 
     def train(self) -> dict:
-        """Seconds of a students' step of each of two micro batches, and of a step's routes."""
+        """Seconds of a students' step of each of two micro batches, the standard deviation of the larger one's as a share
+        of it, and seconds of a step's routes.
+        """
         students = [{**part(s, free=False), "model": self._model(s.model)} for s in self.recipe.students]
         return {"part": "train", "students": students, "classes": len(self.pyramid.classes), "rows": self.rows(),
                 "batch": self.recipe.distill.batch, "objective": part(self.recipe.objective, free=False),
@@ -47,7 +49,9 @@ class Keys:
                 "compile": self.recipe.distill.compile, **self._common()}
 
     def sync(self) -> dict:
-        """Seconds of a students' step of the smaller micro batch, gradients of the measuring ranks all-reduced."""
+        """Seconds of a students' step of the smaller micro batch: of each measuring rank alone, and with gradients
+        all-reduced.
+        """
         return {**self.train(), "part": "sync"}
 
     def view(self) -> dict:
@@ -75,31 +79,33 @@ class Keys:
 
     def timings(self, figures: dict[str, list[float]], otherwise: Timings) -> Timings:
         """The measured seconds; `otherwise` stands in for what could not be measured."""
-        blocks, sync = dict(otherwise.blocks), None
+        blocks, sync, jitter = dict(otherwise.blocks), None, 0.0
         for teacher in self.pyramid.teachers:
             name = digest(self.forward(teacher))
             blocks[teacher.name] = figures[name][0] if name in figures else blocks[teacher.name]
         if digest(self.train()) in figures:
-            few, many, routes = figures[digest(self.train())]
+            few, many, jitter, routes = figures[digest(self.train())]
             rows = self.rows()
             row = max(0.0, (many - few) / (rows[1] - rows[0]))
             micro = max(0.0, few - row * rows[0])
             if digest(self.sync()) in figures:
-                sync = self.where["ranks"], max(0.0, figures[digest(self.sync())][0] - few)
+                alone, together = figures[digest(self.sync())]
+                sync = self.where["ranks"], max(0.0, together - alone)
         else:
             micro, row, routes = otherwise.micro, otherwise.row, otherwise.step
         small, large, size = figures[digest(self.links())]
         rate = 2 * (self.world - 1) / self.world * size / max(large - small, 1e-9)
         hops = 2 * max(1, (self.world - 1).bit_length())
         links = replace(otherwise.links, bandwidth=rate, latency=small / hops)
-        return Timings(blocks, micro, row, otherwise.parts, figures[digest(self.view())][0], routes, links, sync, "measured")
+        return Timings(blocks, micro, row, otherwise.parts, figures[digest(self.view())][0], routes, links, sync, jitter,
+                       "measured")
 
     def _model(self, model) -> dict:
         return {**part(model, free=False), "weights": None}
 
     def _common(self) -> dict:
         return {"channels": self.data.channels, "size": list(self.data.size), "threads": self.recipe.threads,
-                "torch": torch.__version__, **self.where}
+                "torch": torch.__version__, "figures": 2, **self.where}  # the second form that these figures have
 
 
 def surroundings(devices: list[str], busy: int, ranks: int) -> dict:

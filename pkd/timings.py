@@ -13,7 +13,7 @@ from pkd.optimizer import parameter_group, state_keys
 from pkd.pyramid import Pyramid
 from pkd.recipe import Recipe
 from pkd.schedule import BLOCK
-from pkd.workload import Links, StudentWork, TeacherWork, Workload, ring
+from pkd.workload import Links, StudentWork, TeacherWork, Workload
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Timings:
     step: float = 1e-3  # every rank's bookkeeping in a step
     links: Links = field(default_factory=Links)
     sync: tuple[int, float] | None = None  # so many ranks' gradients were all-reduced in so many seconds
+    jitter: float = 0.0  # standard deviation of a students' step, as a share of it
     source: str = "estimated"
 
 
@@ -67,14 +68,12 @@ def workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, timings: Timings, 
                     len(state_keys(parameter_group(student.name, [], student))), element * cost.activations)
         for student, cost, part in zip(recipe.students, costs, timings.parts, strict=True))
     crossing = 4.0 * len(students) * len(data.classes) if any(fixed.ensemble) else 0.0
-    links, meeting = timings.links, 0.0
+    links = timings.links
     if timings.sync:
-        size = sum(cost.parameters for cost in costs) * element
-        meeting = max(0.0, timings.sync[1] - ring(links.bandwidth, links.latency, size, timings.sync[0]))
-        links = _ring(links, *timings.sync, size)
+        links = _ring(links, *timings.sync, sum(cost.parameters for cost in costs) * element)
     return Workload(
-        teachers, students, batch, recipe.placement.student_groups or 1, crossing, meeting, timings.view, timings.step,
-        recipe.window, recipe.together, stage(config), element, teacher_memory=4 * block * largest,
+        teachers, students, batch, recipe.placement.student_groups or 1, crossing, timings.jitter, timings.view,
+        timings.step, recipe.window, recipe.together, stage(config), element, teacher_memory=4 * block * largest,
         image=data.channels * data.size[0] * data.size[1], links=links, runtime=runtime, source=timings.source,
         sent=recipe.teacher_views == "sent", exchange=recipe.exchange, block=block)
 

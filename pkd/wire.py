@@ -1,8 +1,9 @@
 """What an exchange costs in sockets and bytes, and which kind to take; pure.
 
-A gloo group of n ranks costs each of them n - 1 connections and a socket that listens. `broadcast` has a group of {source}
-and all student ranks for every source: a student rank holds about sources x student ranks. `direct` has one connection for
-each pair of a source and a student rank: a student rank holds one a source, a source one a student rank.
+A gloo group of n ranks costs each of them n - 1 connections; all groups of a rank share a thread and a socket that listens.
+`broadcast` has a group of {source} and all student ranks for every source: a student rank holds about sources x student
+ranks. `direct` has one connection for each pair of a source and a student rank: a student rank holds one a source, a source
+one a student rank.
 Every student rank receives all soft targets of a step by `broadcast`, and those of its own samples by `direct`.
 """
 
@@ -18,8 +19,7 @@ BYTES = 2**20  # to a student rank in a step: a millisecond at 1 GB/s
 
 def dear(students: int, sources: set[int], size: float) -> bool:
     """Whether broadcasts of `size` bytes a step open more sockets on a rank, or bring it more bytes, than they may."""
-    groups = [students + (source >= students) for source in sources]
-    return size > BYTES or sum(group for group in groups if group > 1) > SOCKETS
+    return size > BYTES or _listening(sum(students - (source < students) for source in sources)) > SOCKETS
 
 
 def sockets(kind: str, placement: "Placement", rank: int) -> int:
@@ -27,9 +27,13 @@ def sockets(kind: str, placement: "Placement", rank: int) -> int:
     students, sources = placement.student_ranks, {source.rank for source in placement.sources}
     trains = rank < students
     if kind == "broadcast":
-        groups = [students + (source >= students) for source in sources if trains or source == rank]
-        return sum(size for size in groups if size > 1)
-    return len(partners(placement, rank)) + (placement.world > 1)
+        return _listening(sum(students - (source < students) for source in sources if trains or source == rank))
+    return _listening(len(partners(placement, rank)))
+
+
+def _listening(connections: int) -> int:
+    """Sockets of so many connections."""
+    return connections + (connections > 0)
 
 
 def partners(placement: "Placement", rank: int) -> list[int]:

@@ -6,6 +6,7 @@ Seconds are of one rank alone on its device (on a CPU: on its core). They come f
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from functools import cached_property
+from statistics import NormalDist
 
 from pkd.schedule import BLOCK
 from pkd.student_groups import deal
@@ -68,7 +69,7 @@ class Workload:
     batch: int
     groups: int = 1  # of students and their ranks
     crossing: float = 0.0  # bytes a row of what groups tell each other in a step: logits, where there is an ensemble term
-    meeting: float = 0.0  # seconds of a step that ranks which meet in it wait for the slowest, the wire's aside
+    jitter: float = 0.0  # standard deviation of a students' step, as a share of it
     view: float = 0.0  # seconds to read, decode and augment one image
     step: float = 0.0  # seconds of every rank's bookkeeping in a step: routes, votes
     window: int = 2
@@ -121,12 +122,14 @@ class Workload:
 
     def sync(self, ranks: int, accumulation: int) -> float:
         """Seconds that `ranks` student ranks wait for each other: for the gradients' all-reduce within each group, whose
-        measured links hold what meeting costs, and for what crosses between groups with every micro batch.
+        measured links hold that one rank is slower than another, and for what crosses between groups with every micro batch.
         """
         places, seconds = ranks // self.groups, 0.0
         if self.groups > 1 and self.crossing:
-            wire = accumulation * self.links.latency + self.crossing * -(-self.batch // places) / self.links.bandwidth
-            seconds = wire + (self.meeting if places == 1 else 0.0)
+            rows = -(-self.batch // places)
+            seconds = accumulation * self.links.latency + self.crossing * rows / self.links.bandwidth
+            if places == 1:
+                seconds += lateness(self.groups, self.jitter * self.students.seconds(rows, accumulation))
         if places == 1:
             return seconds
         size = self.students.parameters * self.element
@@ -158,6 +161,13 @@ class Workload:
 def ring(bandwidth: float, latency: float, size: float, ranks: int) -> float:
     """Seconds of an all-reduce of `size` bytes over a ring of ranks (Patarasuk & Yuan 2009)."""
     return 2 * (ranks - 1) * (size / ranks / bandwidth + latency)
+
+
+def lateness(ranks: int, deviation: float) -> float:
+    """How much later than on the mean the last of so many ranks is there, each of which varies by this standard deviation:
+    the expected largest of normal variables (Blom 1958).
+    """
+    return deviation * NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
 
 
 def student_bytes(parameters: int, element: int, stage: int, ranks: int, states: int) -> float:

@@ -35,6 +35,7 @@ class World:
         self.device = _device(launch.local_rank)
         self.store = self.connect()
         self.bridges: list[dist.ProcessGroupGloo] = []
+        self._gloo: dict[bool, Any] = {}  # by `lazy`; each has a thread that wakes a hundred times a second
         self.devices: list[int] = []  # of every rank, numbered, once they are known (hardware.devices)
 
     def connect(self) -> dist.Store:
@@ -87,9 +88,11 @@ class World:
         """
         if self.rank not in ranks or len(ranks) == 1:
             return None
+        if lazy not in self._gloo:
+            interface = os.environ["GLOO_SOCKET_IFNAME"].split(",")[0]
+            self._gloo[lazy] = dist.ProcessGroupGloo.create_device(interface=interface, lazy_init=lazy)
         options = dist.ProcessGroupGloo._Options()
-        interface = os.environ["GLOO_SOCKET_IFNAME"].split(",")[0]
-        options._devices = [dist.ProcessGroupGloo.create_device(interface=interface, lazy_init=lazy)]
+        options._devices = [self._gloo[lazy]]
         options._timeout = datetime.timedelta(seconds=self.timeouts.group)
         group = dist.ProcessGroupGloo(dist.PrefixStore(f"bridge/{name}", self.store), ranks.index(self.rank), len(ranks),
                                       options)

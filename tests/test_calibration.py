@@ -50,11 +50,11 @@ def test_a_damaged_figure_is_measured_again_and_a_new_model_is_timed_alone(disti
 
 def test_without_teachers_students_are_in_groups_where_their_gradients_took_longer_here_than_views(distill, tmp_path):
     assert "ms a step predicted (measured)" in distill("alone", "objective.kind=alone")
-    for part, seconds, groups in (("sync", 10.0, "2 group(s)"), ("view", 1.0, "1 group(s)")):
+    for part, seconds, groups in (("sync", [0.0, 10.0], "2 group(s)"), ("view", [1.0], "1 group(s)")):
         for file in (tmp_path / "cache" / "pkd" / "calibration").glob("*.json"):
             figure = json.loads(file.read_text())
             if figure["key"]["part"] == part:
-                file.write_text(json.dumps(figure | {"seconds": [seconds]}))
+                file.write_text(json.dumps(figure | {"seconds": seconds}))
         assert f"the students in {groups}" in distill(part, "objective.kind=alone")
 
 

@@ -37,6 +37,7 @@ def test_both_kinds_bring_the_same_bits_at_the_predicted_cost_without_an_allocat
     assert len({one["crc"] for one in of["direct"][:students]}) == students, "every student rank has rows of its own"
     for one in found:
         assert one["allocations"] == 0, one
+        assert one["loops"] <= 2, "one thread for groups that connect at once, one for those that connect when they speak"
         if more:
             continue  # pixels on their own connections, and soft targets that are at home already
         assert one["sockets"] == one["predicted_sockets"], one
@@ -59,9 +60,9 @@ def test_partners_are_mutual_and_every_pair_of_a_source_and_a_student_rank_is_on
 def test_predictions_for_more_ranks_than_there_are_here():
     """Groups of {source} and all student ranks against pairs; 1,024 ranks with half of them for 255 teachers."""
     large = placed(512, 512, 0)
-    assert sockets("broadcast", large, 0) == 512 * 513 and sockets("broadcast", large, 600) == 513
+    assert sockets("broadcast", large, 0) == 512 * 512 + 1 and sockets("broadcast", large, 600) == 513
     assert sockets("direct", large, 0) == 513 == sockets("direct", large, 600)
-    assert sockets("broadcast", placed(4, 0, 2), 3) == 8 and sockets("direct", placed(4, 0, 2), 3) == 3
+    assert sockets("broadcast", placed(4, 0, 2), 3) == 7 and sockets("direct", placed(4, 0, 2), 3) == 3
     assert received("broadcast", large, 4096 * 8000) == 512 * received("direct", large, 4096 * 8000)
     assert sockets("broadcast", placed(1, 0, 1), 0) == sockets("direct", placed(1, 0, 1), 0) == 0
 
@@ -73,4 +74,4 @@ def test_the_kind_is_chosen_by_sockets_and_bytes_and_a_wish_is_heard():
     assert choose("broadcast", many, 1000)[0] == "broadcast" and choose("direct", small, 1000)[0] == "direct"
     assert choose("auto", placed(1, 3, 0), 10 * BYTES)[0] == "broadcast", "one student rank gets everything either way"
     said = choose("auto", small, 1000)[1]
-    assert "20 sockets" in said and "5 sockets" in said and "2,000 bytes" in said and "500 bytes" in said
+    assert "17 sockets" in said and "5 sockets" in said and "2,000 bytes" in said and "500 bytes" in said

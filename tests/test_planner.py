@@ -17,7 +17,7 @@ from pkd.recipe_file import parse_recipe
 from pkd.schedule import SAMPLES_PER_RANK
 from pkd.simulator import simulate
 from pkd.system import System
-from pkd.workload import Links, StudentWork
+from pkd.workload import Links, StudentWork, lateness
 
 GIB = 2**30
 
@@ -162,9 +162,17 @@ def test_groups_wait_for_each_others_logits_where_there_is_an_ensemble_term():
     assert alone.sync(2, 1) == replace(crossing, groups=1).sync(2, 1) == 0
     assert crossing.sync(2, 1) == pytest.approx(0.129) and crossing.sync(2, 2) == pytest.approx(0.130)
     assert crossing.sync(4, 1) == pytest.approx(0.065), "a rank of two in each group has half of the rows"
-    meeting = replace(crossing, meeting=0.5)
-    assert meeting.sync(2, 1) == pytest.approx(0.629) and meeting.sync(4, 1) == pytest.approx(0.065), "its ring holds it"
-    assert replace(alone, meeting=0.5).sync(2, 1) == 0, "ranks that tell each other nothing do not meet"
+    jitter = replace(crossing, jitter=0.1)
+    late = 0.1 * lateness(2, jitter.students.seconds(64, 1))
+    assert jitter.sync(2, 1) == pytest.approx(0.129 + late) and jitter.sync(4, 1) == pytest.approx(0.065)
+    assert replace(alone, jitter=0.1).sync(2, 1) == 0, "ranks that tell each other nothing do not wait"
+
+
+def test_the_last_of_several_ranks_is_as_late_as_chance_says():
+    draws = np.random.default_rng(0).normal(size=(20_000, 64))
+    assert lateness(1, 1.0) == pytest.approx(0) and lateness(8, 0.0) == 0
+    for ranks in (2, 4, 64):
+        assert lateness(ranks, 2.0) == pytest.approx(2 * draws[:, :ranks].max(1).mean(), rel=0.06)
 
 
 @pytest.mark.parametrize(("cost", "wanted"), [(5.0, "to the teachers"), (0.5, "to the students")])

@@ -117,7 +117,7 @@ def rank(index: int, port: int, kind: str, ask: argparse.Namespace, out) -> None
     allocated = sum(event.name() == "[memory]" and event.nbytes() > 0 for event in seen.profiler.kineto_results.events())
     done = WARM + ask.steps + (ask.window if trains else 0)
     out.put({"rank": index, "kind": kind, "crc": crc,
-             "sockets": opened, "predicted_sockets": sockets(kind, placement, index),
+             "sockets": opened, "predicted_sockets": sockets(kind, placement, index), "loops": loops(),
              "received": (moved[0] - traffic[0]) / done if trains else 0, "sent": (moved[1] - traffic[1]) / done,
              "predicted_received": received(kind, placement, router.largest(ask.batch)), "allocations": allocated - 1,
              "steps": PROFILED, "ms": 1000 * float(np.median(np.diff(ends))),
@@ -125,6 +125,11 @@ def rank(index: int, port: int, kind: str, ask: argparse.Namespace, out) -> None
     world.meet("the end", False)
     time.sleep(0.5 * (index == 0))
     os._exit(0)
+
+
+def loops() -> int:
+    """Threads in which gloo waits for connections (Linux)."""
+    return sum(path.read_text().startswith("gloo_tcp_loop") for path in Path("/proc/self/task").glob("*/comm"))
 
 
 def connections() -> tuple[list[int], tuple[int, int]]:
