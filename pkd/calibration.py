@@ -7,7 +7,7 @@ hold; the others wait, so that the seconds are those of a rank that has its core
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -141,25 +141,34 @@ class _Meter:
         return [self._time(lambda: host.forward(0, images))]
 
     def _train(self, key: dict) -> list[float]:
-        few, many = self._steps("students", [self.job.world.rank], key["rows"])
-        median = statistics.median(many)
-        return [statistics.median(few), median, statistics.stdev(many) / median, self._time(self._routes)]
+        alone, sizes, students = [self.job.world.rank], key["rows"], key["students"]
+        few, many = self._steps("all students", alone, sizes, range(len(students)))
+        median, each = statistics.median(many), {}
+        for index, student in enumerate(students) if len(students) > 1 else ():
+            kind = digest({**student, "name": ""})  # of those that are alike one is enough
+            each[kind] = each.get(kind) or statistics.median(self._steps(student["name"], alone, sizes[1:], [index])[0])
+        costs = [each[digest({**student, "name": ""})] for student in students] if each else [1.0]
+        return [statistics.median(few), median, statistics.stdev(many) / median, self._time(self._routes),
+                *(cost / sum(costs) for cost in costs)]
 
     def _sync(self, key: dict) -> list[float]:  # one soon after the other: a machine's speed drifts
-        return [statistics.median(self._steps(name, island, key["rows"][:1])[0])
+        students = range(len(key["students"]))
+        return [statistics.median(self._steps(name, island, key["rows"][:1], students)[0])
                 for name, island in (("one rank", [self.job.world.rank]), ("several ranks", self.ranks))]
 
-    def _steps(self, name: str, island: list[int], sizes: list[int]) -> list[list[float]]:
-        """Seconds of each of some students' steps on an island of ranks, for micro batches of these sizes. name: its own."""
+    def _steps(self, name: str, island: list[int], sizes: list[int], own: Sequence[int]) -> list[list[float]]:
+        """Seconds of each of some steps of students `own` on an island of ranks, for micro batches of these sizes. name: of
+        this measurement alone.
+        """
         job, recipe, device = self.job, self.job.recipe, self.device
-        fixed = constants(recipe, job.pyramid.levels)
+        fixed, students = constants(recipe, job.pyramid.levels).of(own), [recipe.students[index] for index in own]
         unpacker = Unpacker(job.pyramid, asked(recipe.objective.kind, job.pyramid))
         labels, routes = self._routes()
         flat = torch.zeros(routes.size, dtype=torch.float16)
         job.world.join_island(f"calibration of {name}: ranks {island}", island)
         networks = {s.name: fresh(s.model.model_copy(update={"weights": None}), len(job.data.classes), job.data, 0, s.name)
-                    for s in recipe.students}
-        engine = Engine(networks, list(recipe.students), load_ds_config(recipe.deepspeed.students), 1, device,
+                    for s in students}
+        engine = Engine(networks, students, load_ds_config(recipe.deepspeed.students), 1, device,
                         recipe.channels_last, recipe.distill.sync_batch_norm, recipe.distill.compile)
         engine.set_rates([1e-9] * len(networks))  # they stay as they are: infinities have times of their own
 

@@ -38,7 +38,7 @@ class Keys:
 
     def train(self) -> dict:
         """Seconds of a students' step of each of two micro batches, the standard deviation of the larger one's as a share
-        of it, and seconds of a step's routes.
+        of it, seconds of a step's routes, and each student's part of the work, of 1 in all.
         """
         students = [{**part(s, free=False), "model": self._model(s.model)} for s in self.recipe.students]
         return {"part": "train", "students": students, "classes": len(self.pyramid.classes), "rows": self.rows(),
@@ -79,12 +79,12 @@ class Keys:
 
     def timings(self, figures: dict[str, list[float]], otherwise: Timings) -> Timings:
         """The measured seconds; `otherwise` stands in for what could not be measured."""
-        blocks, sync, jitter = dict(otherwise.blocks), None, 0.0
+        blocks, sync, jitter, parts = dict(otherwise.blocks), None, 0.0, otherwise.parts
         for teacher in self.pyramid.teachers:
             name = digest(self.forward(teacher))
             blocks[teacher.name] = figures[name][0] if name in figures else blocks[teacher.name]
         if digest(self.train()) in figures:
-            few, many, jitter, routes = figures[digest(self.train())]
+            few, many, jitter, routes, *parts = figures[digest(self.train())]
             rows = self.rows()
             row = max(0.0, (many - few) / (rows[1] - rows[0]))
             micro = max(0.0, few - row * rows[0])
@@ -97,7 +97,7 @@ class Keys:
         rate = 2 * (self.world - 1) / self.world * size / max(large - small, 1e-9)
         hops = 2 * max(1, (self.world - 1).bit_length())
         links = replace(otherwise.links, bandwidth=rate, latency=small / hops)
-        return Timings(blocks, micro, row, otherwise.parts, figures[digest(self.view())][0], routes, links, sync, jitter,
+        return Timings(blocks, micro, row, tuple(parts), figures[digest(self.view())][0], routes, links, sync, jitter,
                        "measured")
 
     def _model(self, model) -> dict:

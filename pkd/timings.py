@@ -23,7 +23,7 @@ class Timings:
     blocks: dict[str, float]  # teacher -> a forward of one block of rows
     micro: float  # a student micro batch, whatever its rows
     row: float  # each of its rows
-    parts: tuple[float, ...]  # a student's part of these two, by estimate
+    parts: tuple[float, ...]  # a student's part of these two
     view: float  # to read, decode and augment one image
     step: float = 1e-3  # every rank's bookkeeping in a step
     links: Links = field(default_factory=Links)

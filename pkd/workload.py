@@ -107,7 +107,7 @@ class Workload:
 
     @cached_property
     def dealt(self) -> tuple[tuple[int, ...], ...]:
-        """Indices of the students of each group. A student's part of the work is always an estimate."""
+        """Indices of the students of each group, dealt by their seconds."""
         return deal([one.seconds(self.batch, 1) for one in self.each], self.groups)
 
     @cached_property

@@ -35,6 +35,8 @@ def test_parts_are_timed_once_and_the_placement_is_reused(first, distill, tmp_pa
     parts = sorted(figure["key"]["part"] for figure in figures)
     assert parts == sorted(["view", "links", "train", "sync", *["forward"] * len({10, 5, 3, 2})])
     assert all(second > 0 for figure in figures for second in figure["seconds"])
+    train = next(figure["seconds"] for figure in figures if figure["key"]["part"] == "train")
+    assert len(train) == 6 and sum(train[4:]) == pytest.approx(1, abs=0.1), "each of the two students' part of the step"
     assert "timing" not in distill("second")
     placement = (tmp_path / "first" / "placement.json").read_text()
     for file in files:
