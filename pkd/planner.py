@@ -86,6 +86,8 @@ class Planner:
             return None
         busy = [] if apart or work.groups == 1 else np.repeat(self._train(work.batch * work.groups / students),
                                                               students // work.groups).tolist()
+        if work.meets:  # in the steps in which they answer for several, and in those in which they do not
+            busy = [seconds / work.together for seconds in busy]
         try:
             shares = self._shares(len(ranks), room, busy if len(set(busy)) > 1 else None)
         except UserError:

@@ -87,7 +87,8 @@ class RankMap:
         places = self.students // work.groups if self._direct(work, float(sent.sum())) else 0
         return System(self.students, answer, train, sent, work.window, work.sync(self.students, accumulation),
                       work.links.bandwidth, work.links.latency, np.array(known.nodes) if known.nodes else None,
-                      np.array(known.cores) if known.cores else None, known.threads, places, views)
+                      np.array(known.cores) if known.cores else None, known.threads, places, views, work.together,
+                      None if work.meets else np.arange(self.students) // (self.students // work.groups))
 
     def _groups(self, work: Workload) -> list[slice]:
         """The ranks of each group of students."""

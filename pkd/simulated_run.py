@@ -27,8 +27,13 @@ class SimulatedRun:
         self.cast = np.full((unknown, ranks), np.inf)
         self.sending = np.full((unknown, ranks), np.inf)  # when each rank's part was ready to leave, or the receive posted
         self.trained = np.full((unknown, self.n), np.inf)
-        self.voted, self.arrived, self.met = (np.full(unknown, np.inf) for _ in range(3))
-        self.known = [0, 0, 0]  # how many entries of the three are known
+        self.voted, self.arrived = np.full(unknown, np.inf), np.full(unknown, np.inf)
+        self.known = [0, 0]  # how many entries of the two are known
+        meeting = np.zeros(self.n, dtype=np.int64) if system.meeting is None else system.meeting
+        self.members = [np.flatnonzero(meeting == number) for number in range(int(meeting.max(initial=0)) + 1)]
+        self.group = np.append(meeting, np.zeros(ranks - self.n, dtype=np.int64))
+        self.met = np.full((unknown, len(self.members)), np.inf)
+        self.known_met = [0] * len(self.members)
         self.sending[:self.window, :self.n] = 0.0  # what students fill before the first step is not of the steady state
         self.freed = np.full((unknown, ranks), np.inf)  # when each rank's slot had left
         self.ranks = np.arange(ranks)
@@ -40,10 +45,10 @@ class SimulatedRun:
         self.shared = shared
 
     def finished(self) -> bool:
-        return self.known[2] > self.last
+        return min(self.known_met) > self.last
 
     def prediction(self) -> Prediction:
-        span = self.met[self.last] - self.met[self.first]
+        span = self.met[self.last].max() - self.met[self.first].max()
         whole = self.last - self.first
         # Alone on its core, a rank is at work for as long as its work takes; ranks that share cores take longer.
         worked = self.worked - self.worked_before if self.shared else whole * (self.system.answer + self.system.train)
@@ -80,11 +85,12 @@ class SimulatedRun:
         state, step, w = self.state, self.step, self.window
         ready = np.full(len(state), np.inf)
         freed = self.freed[np.maximum(step - w - 1, 0), self.ranks]
-        ready = np.where(state == SLOT, self._before(freed, step - w - 1), ready)
+        slot = np.where(step % self.system.together == 0, self._before(freed, step - w - 1), 0.0)  # else it is filled
+        ready = np.where(state == SLOT, slot, ready)
         ready = np.where(state == PERMIT, self._before(self.voted[np.maximum(step - w - 2, 0)], step - w - 2), ready)
         ready = np.where(state == AHEAD, self._before(self.voted[np.maximum(step - 2, 0)], step - 2), ready)
         ready = np.where(state == ARRIVAL, self.arrived[step], ready)
-        return np.where(state == SYNC, self.met[step], ready)
+        return np.where(state == SYNC, self.met[step, self.group], ready)
 
     @staticmethod
     def _before(times: np.ndarray, step: np.ndarray) -> np.ndarray:
@@ -104,8 +110,10 @@ class SimulatedRun:
 
         def move(source: int, mask=True) -> np.ndarray:
             return np.flatnonzero(going & (before == source) & mask)
-        for ranks in (move(SLOT), move(AHEAD)):
-            self.state[ranks], self.left[ranks] = ANSWER, self.system.answer[ranks]
+        together = self.system.together
+        for ranks, ahead in ((move(SLOT), 0), (move(AHEAD), self.window)):
+            begins = (self.step[ranks] + ahead) % together == 0
+            self.state[ranks], self.left[ranks] = ANSWER, together * begins * self.system.answer[ranks]
         ranks = move(ANSWER, self.student)
         self.sending[self.step[ranks] + self.window, ranks] = self.at[ranks]
         self.state[ranks] = ARRIVAL
@@ -146,11 +154,16 @@ class SimulatedRun:
             k = self.known[1]
             self.arrived[k] = max(self.freed[k].max(), (self.arrived[k - 1] if k else 0.0) + self.inbound)
             self.known[1] += 1
-        while self._all(2, self.trained):
-            self.met[self.known[2]] = self.trained[self.known[2]].max() + self.system.sync
-            self.known[2] += 1
-            if self.known[2] == self.first + 1:
-                self.worked_before = self.worked.copy()
+        begun = min(self.known_met) <= self.first
+        for group, members in enumerate(self.members):
+            while self.known_met[group] < len(self.met):
+                trained = self.trained[self.known_met[group], members].max()
+                if not np.isfinite(trained):
+                    break
+                self.met[self.known_met[group], group] = trained + self.system.sync
+                self.known_met[group] += 1
+        if begun and min(self.known_met) > self.first:
+            self.worked_before = self.worked.copy()
 
     def _all(self, which: int, times: np.ndarray) -> bool:
         row = self.known[which]

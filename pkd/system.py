@@ -22,6 +22,8 @@ class System:
     threads: int = 1  # of a rank at work
     places: int = 0  # of `direct`: ranks of a group of students, which share the soft targets out; 0: each gets all
     views: np.ndarray | None = None  # bytes of views that are sent to it
+    together: int = 1  # steps for which a rank answers at once: all their work in the first, none in the others
+    meeting: np.ndarray | None = None  # int [students]: those of a number wait for each other in every step; None: all do
 
     @property
     def nodes(self) -> np.ndarray:

@@ -120,6 +120,11 @@ class Workload:
         """What an engine has to do at most: the largest of each figure over the groups."""
         return StudentWork(*map(max, zip(*map(astuple, self.engines))))
 
+    @property
+    def meets(self) -> bool:
+        """Whether all ranks that train wait for each other in every step."""
+        return self.groups == 1 or self.crossing > 0
+
     def sync(self, ranks: int, accumulation: int) -> float:
         """Seconds that `ranks` student ranks wait for each other: for the gradients' all-reduce within each group, whose
         measured links hold that one rank is slower than another, and for what crosses between groups with every micro batch.

@@ -39,6 +39,21 @@ def test_co_located_ranks_do_both_one_after_the_other(answer, train, sync):
     assert predicted.step == pytest.approx(max(answer) + train + sync, rel=1e-6)
 
 
+@pytest.mark.parametrize(("meeting", "step"), [(None, (5 + 3 * 2) / 4), ([0, 1], 2.5)])
+def test_who_answers_for_several_steps_at_once_is_waited_for_in_the_first_and_waits_in_the_others(meeting, step):
+    """Two ranks train for 1 and 2 s and answer for 1 and 0.5 s a step, for four at once: 5 and 4 s, then 1 and 2 s."""
+    system = System(2, np.array([1.0, 0.5]), np.array([1.0, 2.0]), np.zeros(2), 4, together=4,
+                    meeting=meeting and np.array(meeting))
+    assert simulate(system).step == pytest.approx(step)
+
+
+@given(answer=seconds, train=seconds, together=st.integers(1, 5))
+@quick
+def test_a_teacher_rank_that_answers_for_several_steps_is_not_waited_for_longer(answer, train, together):
+    predicted = simulate(dedicated([train], [answer], window=together + 1, together=together))
+    assert predicted.step == pytest.approx(max(train, answer), rel=1e-6)
+
+
 @given(sources=st.integers(1, 5), students=st.integers(1, 4), size=st.floats(1e6, 1e8))
 @quick
 def test_a_full_wire_sets_the_pace(sources, students, size):
