@@ -17,7 +17,7 @@ if [[ -x .venv/bin/python && -f $stamp && $(cat "$stamp") == "$wanted" ]]; then
 fi
 [[ -x .venv/bin/python ]] || "$python" -m venv .venv
 echo "setup: installing pkd$extra into .venv (a minute or more)"
-# Of the thousands of files that pip would compile a run imports a quarter: those are compiled here, once, rather than by all of
+# Of the thousands of files that pip would compile a run imports a fifth: those are compiled here, once, rather than by all of
 # its ranks at the same time.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".$extra"
 imports='import pkd.archive, pkd.cli, pkd.distill_setup, pkd.evaluate, pkd.teach; pkd.ds_config.import_deepspeed()'

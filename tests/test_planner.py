@@ -153,6 +153,10 @@ def test_unlike_students_are_dealt_by_cost_and_each_rank_is_judged_by_its_own():
     assert three.dealt == ((1,), (0, 2))
     asked = replace(work_of(wish, {"top": 0.5}), each=(dear, replace(light, parameters=1000)), groups=2)
     assert Planner(asked, 2, 1, {}, Ranks()).rank_map(2, 0).hosted == {1: ["top"]}, "the rank that trains the light one"
+    two = replace(work_of(wish, {"a": 0.2, "b": 0.2}), each=asked.each, groups=2, together=64)
+    assert Planner(two, 2, 1, {}, Ranks()).rank_map(2, 0).hosted.keys() == {1}
+    meet = Planner(replace(two, crossing=1.0), 2, 1, {}, Ranks()).rank_map(2, 0)
+    assert meet.hosted.keys() == {0, 1}, "in the step in which they answer for 64 what they train weighs little"
 
 
 def test_groups_wait_for_each_others_logits_where_there_is_an_ensemble_term():
