@@ -18,8 +18,8 @@ fi
 [[ -x .venv/bin/python ]] || "$python" -m venv .venv
 echo "setup: installing pkd$extra into .venv (a minute or more)"
 # Of the thousands of files that pip would compile a run imports a fifth: those are compiled here, once, rather than by all of
-# its ranks at the same time.
+# its ranks at the same time, and in each of them again where Python is told to write none.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".$extra"
 imports='import pkd.archive, pkd.cli, pkd.distill_setup, pkd.evaluate, pkd.teach; pkd.ds_config.import_deepspeed()'
-said=$(.venv/bin/python -c "$imports" 2>&1) || { echo "$said" >&2; exit 1; }
+said=$(env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -c "$imports" 2>&1) || { echo "$said" >&2; exit 1; }
 echo "$wanted" > "$stamp"

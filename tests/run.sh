@@ -3,4 +3,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./launch/setup.sh tests
+unset PYTHONDONTWRITEBYTECODE  # hundreds of processes would each compile what they import
 exec .venv/bin/python -m pytest "$@"
