@@ -40,9 +40,8 @@ class Engine:
         config = engine_config(ds_config, self.ranks, accumulation, elements)
         self.ds = deepspeed.initialize(model=ensemble, optimizer=self.optimizer, config=config)[0]
         for network in networks.values() if channels_last else ():
-            network.channels_last = True
-            if stage(ds_config) == 0 and precision(ds_config) == "fp32":  # else they are views of DeepSpeed's flat buffers
-                network.use_channels_last()
+            # Where there are shards or other dtypes, weights are views of DeepSpeed's flat buffers.
+            network.use_channels_last(weights=stage(ds_config) == 0 and precision(ds_config) == "fp32")
         if compiled:
             self.ds.compile(compile_kwargs={"dynamic": False})  # micro batches have one or two sizes
         self.optimizer.partitioned = stage(ds_config) > 0

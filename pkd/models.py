@@ -55,12 +55,22 @@ class Network(Float32Buffers):
         pixels = ((pixels - self.mean) / self.std).to(next(self.backbone.parameters()).dtype)
         return self.backbone(pixels.contiguous(memory_format=torch.channels_last) if self.channels_last else pixels)
 
-    def use_channels_last(self) -> "Network":
-        """From now on images and the weights of convolutions lie channels last, if a DeepSpeed stage does not lay them out
-        anew: other kernels, the same results but for their last bits.
+    def use_channels_last(self, weights: bool = True) -> "Network":
+        """From now on images lie channels last, and the weights of convolutions, unless they are where they have to stay:
+        other kernels, the same results but for their last bits. A network with too narrow a shortcut stays as it is.
         """
+        if any(map(_too_narrow, self.modules())):
+            return self
         self.channels_last = True
-        return self.to(memory_format=torch.channels_last)
+        return self.to(memory_format=torch.channels_last) if weights else self
+
+
+def _too_narrow(layer: nn.Module) -> bool:
+    """Whether oneDNN 3.12 writes past its workspace in the gradient of this layer's weights, channels last on a CPU: that of
+    a 1 x 1 convolution with a stride, of fewer features than a vector holds, 8 with AVX2, 16 with AVX-512 (its issue 6035).
+    """
+    return (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and max(layer.stride) > 1
+            and layer.in_channels // layer.groups < 16)
 
 
 def models_of(recipe: Recipe) -> list[Model]:

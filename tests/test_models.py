@@ -1,5 +1,6 @@
 """What pkd.models promises: networks by name, from uint8 views to logits, exchangeable with plain torchvision."""
 
+import copy
 import json
 import sys
 import urllib.error
@@ -12,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from pkd.errors import UserError
-from pkd.models import TORCHVISION_MODELS, build, check_model, description
+from pkd.models import TORCHVISION_MODELS, Network, build, check_model, description
 from pkd.norm import BatchNorm
 from pkd.recipe import Model
 from pkd.small_models import SMALL_MODELS
@@ -47,6 +48,34 @@ def test_small_models_have_the_sizes_they_are_named_for():
     for name, (low, high) in ranges.items():
         full, half = (_parameters(build(Model(name=name, width=width), 10, 3, (32, 32))) for width in (1.0, 0.5))
         assert low < full < high and 1 / 4.2 < half / full < 1 / 3
+
+
+@pytest.mark.parametrize("name", SMALL_MODELS)
+@pytest.mark.parametrize("width", [0.25, 0.5, 1.0])
+def test_gradients_are_the_same_channels_last(name, width):
+    torch.manual_seed(0)
+    plain = build(Model(name=name, width=width), 5, 1, (16, 16))
+    last = copy.deepcopy(plain).use_channels_last()
+    assert last.channels_last
+    images = _images(32, 1, 16, 16)
+    for network in (plain, last):
+        network(images).square().mean().backward()
+    for one, other in zip(plain.parameters(), last.parameters(), strict=True):
+        assert (one.grad - other.grad).norm() <= 0.02 * one.grad.norm() + 1e-3  # a rectifier may tip over
+
+
+@pytest.mark.parametrize("features, stride, last", [(4, 2, False), (15, (2, 1), False), (4, 1, True), (16, 2, True)])
+def test_a_network_whose_gradient_onednn_would_spoil_stays_as_it_is(features, stride, last):
+    """Its issue 6035: wrong gradients, a crash or a hang, for 4 features with AVX2 in every run."""
+    images, weight = torch.randn(32, features, 8, 8), torch.randn(8, features, 1, 1)
+    backbone = nn.Sequential(nn.Conv2d(features, 8, 1, stride, bias=False))
+    backbone[0].weight.data.copy_(weight)
+    network = Network(backbone, features, (8, 8), (0.0,) * features, (1.0,) * features).use_channels_last()
+    assert network.channels_last == last
+    network(255 * images).square().sum().backward()
+    exact = weight.double().requires_grad_()
+    nn.functional.conv2d(images.double(), exact, stride=stride).square().sum().backward()
+    assert_close(backbone[0].weight.grad.double(), exact.grad, rtol=1e-3, atol=1e-2)
 
 
 def test_weights_are_a_function_of_the_seed():
