@@ -2,7 +2,7 @@
 # The studies of the shipped recipes, five seeds each, as many at once as there are cores, one process and core each:
 #   ./launch/studies.sh [digits] [fashion-mnist] [glyphs]      all three without arguments
 # Results lie in launch/studies/<recipe>/results, a few KB an arm and seed; what is there is not run again. SEEDS="0 1" runs
-# some. The set of glyphs is rendered first, from the fonts that launch/render_glyphs.py names.
+# some, ARMS=top,composed only those. The set of glyphs is rendered first, from the fonts that launch/render_glyphs.py names.
 set -euo pipefail
 status=0
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,8 +14,9 @@ for recipe in "$@"; do
     if [[ $recipe == glyphs ]]; then
         [[ -f data/glyphs.npz ]] || .venv/bin/python launch/render_glyphs.py || { status=$?; continue; }
         more+=(--arm contiguous="pyramid.1.partition=contiguous pyramid.2.partition=contiguous"
-               --arm confusion="pyramid.1.partition=confusion pyramid.2.partition=confusion")
+               --arm random="pyramid.1.partition=random pyramid.2.partition=random")
     fi
+    [[ -z ${ARMS:-} ]] || more=(--arms "$ARMS")
     place=launch/studies/$recipe
     mkdir -p "$place"
     # The recipe as it was when its study began, for later results to be of the same one.

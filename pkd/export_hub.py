@@ -61,7 +61,8 @@ def _labels(classes: list[str]) -> dict:
 def _preprocessing(facts: dict) -> dict:
     """The usual keys of such a file; input_size is what the network resizes to after all of them but normalisation.
 
-    They cannot say that an image covers a view that is not square, and leave resizing to the reader then.
+    Where a view is square they say the same as pkd does but for fractions of a pixel at the margins; they cannot say that an
+    image covers a view that is not, and leave resizing to the reader then.
     """
     height, width = facts["view_size"]
     return {"do_convert_rgb": facts["channels"] == 3,

@@ -28,8 +28,8 @@ LIMIT = 1e-4  # of the difference to the original's logits
 CHECKED = 64  # images
 MOST = 2**31 - 2**24  # bytes of weights: a file cannot have 2 GiB, and the graph takes some
 PREPROCESSING = ("inside the graph: uint8 pixels / 255, resized bilinearly with antialiasing where a network takes another "
-                 "size, grey repeated over its channels, normalised; outside: image files decoded to grey or RGB, shorter "
-                 "side resized bilinearly to view_size, centre cut out")
+                 "size, grey repeated over its channels, normalised; outside: image files decoded to grey or RGB, "
+                 "their centre of view_size's shape resized to it bilinearly, as Pillow's ImageOps.fit does")
 
 
 class _Mean(nn.Module):

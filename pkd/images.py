@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pkd.errors import UserError
 
@@ -44,7 +44,7 @@ class FileImages:
 
 
 def decode(file: Path, size: tuple[int, int], grey: bool) -> torch.Tensor:
-    """One image file, uint8 [1 or 3, *size]: the shorter side resized, the centre cut out. Raises UserError."""
+    """One image file, uint8 [1 or 3, *size]: the centre of the size's shape, resized. Raises UserError."""
     try:
         with Image.open(file) as image:
             if image.mode.startswith("I;16"):  # Pillow's own conversion would cut off at 255
@@ -53,11 +53,7 @@ def decode(file: Path, size: tuple[int, int], grey: bool) -> torch.Tensor:
                 raise ValueError(f"its pixels have 32 bits, mode {image.mode}, and pkd takes 8 or unsigned 16")
             image = image.convert("L" if grey else "RGB")
             if (image.height, image.width) != size:
-                scale = max(size[0] / image.height, size[1] / image.width)
-                wide, high = (max(w, round(side * scale)) for side, w in ((image.width, size[1]), (image.height, size[0])))
-                image = image.resize((wide, high), Image.Resampling.BILINEAR)
-                left, top = (wide - size[1]) // 2, (high - size[0]) // 2
-                image = image.crop((left, top, left + size[1], top + size[0]))
+                image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
             pixels = torch.from_numpy(np.array(image))
     except Exception as error:  # a damaged file makes Pillow raise anything from OSError to struct.error
         raise UserError(f"image {file} cannot be decoded ({type(error).__name__}: {error}): replace it or take it out "

@@ -10,22 +10,19 @@ FACTS, WEIGHTS, IMAGE = "exported/mobile.json", "exported/mobile.safetensors", "
 SNIPPET = """\
 import json
 
-import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
+from torchvision.models import get_model
 from torchvision.transforms import functional as F
 
 facts = json.load(open("exported/mobile.json"))
-network = torchvision.models.get_model(facts["architecture"], **facts["arguments"]).eval()
+network = get_model(facts["architecture"], **facts["arguments"]).eval()
 network.load_state_dict(load_file("exported/mobile.safetensors"))
-image, (height, width) = Image.open("flower.jpg").convert("L" if facts["channels"] == 1 else "RGB"), facts["view_size"]
-scale = max(height / image.height, width / image.width)
-size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-left, top = (size[0] - width) // 2, (size[1] - height) // 2
-image = image.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
-pixels = F.resize(F.pil_to_tensor(image)[None] / 255, facts["input_size"]).expand(-1, facts["input_channels"], -1, -1)
-probabilities = network(F.normalize(pixels, facts["mean"], facts["std"])).softmax(1)[0]
-print(facts["classes"][probabilities.argmax()], probabilities.max().item())
+image = Image.open("flower.jpg").convert("L" if facts["channels"] == 1 else "RGB")
+image = F.to_tensor(ImageOps.fit(image, facts["view_size"][::-1], Image.Resampling.BILINEAR))
+pixels = F.resize(image, facts["input_size"]).expand(facts["input_channels"], -1, -1)
+logits = network(F.normalize(pixels, facts["mean"], facts["std"])[None])
+print(dict(zip(facts["classes"], logits.softmax(1)[0].tolist())))
 """
 LISTED = 100  # classes; config.json has them all
 

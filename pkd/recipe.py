@@ -33,7 +33,7 @@ class Data(Section):
     seed: Seed = 40
     validation: Fraction = 0.1  # of what is left after the test data
     test: Fraction = 0.1  # only where the data set has no official test split; stratified
-    image_size: Whole | None = None  # folder and csv: decoded images are resized and centre-cropped to this
+    image_size: Whole | None = None  # folder and csv: of decoded images the centre square, resized to this
     image_column: str = "image"  # csv only
     label_column: str = "label"  # csv only
     # csv only: a row whose label holds this has several labels; it is dropped and counted.

@@ -234,7 +234,7 @@ def test_a_folder_per_class_with_or_without_split_folders(tmp_path, splits):
     assert not hasattr(lazy.images, "array") and torch.equal(here.images[ids], lazy.images[ids])
 
 
-def test_images_are_resized_by_the_shorter_side_and_cut_at_the_centre(tmp_path):
+def test_of_images_the_centre_is_taken_and_resized(tmp_path):
     """In colour as some of the files are; 16 bits a pixel keep their upper 8."""
     bands = np.repeat(np.array([0, 90, 200, 30], dtype=np.uint8), 4)
     write_images(tmp_path / "b", 4, 8, 8)

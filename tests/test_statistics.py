@@ -64,6 +64,13 @@ def test_of_a_hundred_studies_about_as_many_as_promised_cover_the_truth():
     assert covered >= 92 and sure >= 90
 
 
+@pytest.mark.parametrize("seeds, promised", [(2, 0.50), (3, 0.75), (5, 0.87)])
+def test_where_only_seeds_differ_intervals_cover_what_the_study_says_they_do(seeds, promised):
+    gaps = np.random.default_rng(seeds).normal(0, 1, (600, seeds, 1))
+    covered = np.mean([low <= 0 <= high for _, low, high in (crossed_bootstrap(gap, np.zeros_like(gap)) for gap in gaps)])
+    assert covered == pytest.approx(promised, abs=0.05)
+
+
 def test_five_seeds_of_ten_thousand_images_take_less_than_a_second():
     one, other = answers(0, (5, 10_000), 0.8), answers(1, (5, 10_000), 0.7)
     began = time.process_time()

@@ -58,6 +58,8 @@ def test_an_arm_whose_teachers_cost_more_than_the_pyramid_decides_nothing():
     found = figures_of(results, ["top", "composed", "dear"])
     assert found["challenger"] == "composed" and found["dearer"] == ["dear"]
     assert any("teachers of dear cost more than the pyramid" in text for text in remarks(found))
+    found = figures_of([*results, *(made_up("long", seed, 0.9, 0.9, True, 2.2) for seed in (0, 1))], ["top", "composed"])
+    assert found["best_control"] == "top" and found["dearer"] == ["dear", "long"], "nor does a control"
 
 
 def test_an_unfinished_study_compares_the_seeds_that_both_arms_have():
@@ -75,16 +77,32 @@ def test_an_unfinished_study_compares_the_seeds_that_both_arms_have():
 
 def test_a_control_that_lacks_seeds_may_be_the_best_but_nothing_decides_then():
     """Screened with one seed, confirmed with three: a strong control is not forgotten because it was screened only."""
-    results = [made_up("peers", 0, 0.9, 0.9, True)]
+    results = [made_up("peers", 0, 0.9, 0.9, True, 2.0)]
     results += [made_up("top", seed, 0.8, 0.8, True) for seed in range(3)]
     results += [made_up("composed", seed, 0.85, 0.85) for seed in range(3)]
     found = figures_of(results, ["top", "composed"], (0, 1, 2))
     assert found["best_control"] == "peers" and not any(one["decides"] for one in found["differences"])
     assert any("peers lacks seeds" in text and "--seeds 1,2," in text for text in remarks(found))
-    results += [made_up("peers", seed, 0.9, 0.9, True) for seed in (1, 2)]
+    results += [made_up("peers", seed, 0.9, 0.9, True, 2.0) for seed in (1, 2)]
     found = figures_of(results, ["top", "composed"], (0, 1, 2))
     assert [(one["arm"], one["against"]) for one in found["differences"] if one["decides"]] == [("composed", "peers")]
-    assert any("80 % with three" in text for text in remarks(found))
+    assert any("75 % with three" in text for text in remarks(found))
+
+
+@pytest.mark.parametrize("arms, seeds, reason", [
+    ({"peers": 2.0}, 2, None),
+    ({"peers": 2.0, "top-long": None}, 2, "top-long may be better and have no seed"),
+    ({"top": 1.0}, 2, "no control had the compute of the pyramid"),
+    ({"peers": 2.0}, 1, "composed, the best of the arms that are no controls, has a single seed"),
+])
+def test_nothing_decides_before_there_is_nothing_left_to_choose_from(arms, seeds, reason):
+    """arms: the controls' cost, None for one that has no result."""
+    results = [made_up(arm, seed, 0.8, 0.8, True, cost) for arm, cost in arms.items() if cost for seed in range(seeds)]
+    results += [made_up("composed", seed, 0.95, 0.95, False, 2.0) for seed in range(seeds)]
+    found = figures_of(results, [*arms, "composed"])
+    assert [(one["arm"], one["network"]) for one in found["differences"] if one["decides"]] == (
+        [] if reason else [("composed", "ensemble")])
+    assert reason is None or any(reason in text for text in remarks(found))
 
 
 def test_nothing_finished_yet_is_no_error():

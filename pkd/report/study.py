@@ -11,7 +11,7 @@ from pkd.report.page import Page, Section, Table
 from pkd.report.study_facts import ENSEMBLE, Study, has_interval, interval, points, spread
 from pkd.report.study_plots import compute, forest
 from pkd.report.style import Plot, counted, percent, short
-from pkd.study.table import coverage, lacking
+from pkd.study.table import coverage
 
 
 def page_of(path: Path) -> Page:
@@ -41,7 +41,7 @@ def _notes(study: Study) -> list[str]:
     if not tree["complete"]:
         some = ", ".join(tree["missing"][:8]) + f" and {len(tree['missing']) - 8} more" * (len(tree["missing"]) > 8)
         notes.append(f"The study is not complete ({counted(study.runs, 'run')} done); not finished: {some}.")
-    notes += [text[0].upper() + text[1:] + "." for text in (*lacking(tree), *coverage(tree))]
+    notes += [text[0].upper() + text[1:] + "." for text in (*tree["undecided"], *coverage(tree))]
     if tree["dearer"]:
         notes.append(f"Teachers of {', '.join(tree['dearer'])} cost more than the pyramid, for which the controls are not "
                      "made: such an arm decides nothing.")

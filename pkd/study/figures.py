@@ -7,7 +7,7 @@ import numpy as np
 from pkd.predictions import ENSEMBLE
 from pkd.study.arms import LONGER
 from pkd.study.results import right
-from pkd.study.statistics import crossed_bootstrap, mean_sd
+from pkd.study.statistics import RESAMPLES, crossed_bootstrap, mean_sd
 
 FIGURES = ("accuracy", "loss", "calibration_error", "validation_accuracy", "validation_loss")
 YARDSTICK = "top"  # every arm is compared with it, and with the best control
@@ -17,22 +17,24 @@ def aggregate(name: str, results: list[dict], order: list[str], seeds: list[int]
               classes: int) -> dict:
     """order: the study's arms, seeds: its seeds; other arms that have results come after them.
 
-    The best control and the challenger, the best of the other arms whose teachers cost no more than the pyramid's, are those
-    whose ensembles have the highest mean validation accuracy, and of equal ones the lowest validation loss. The difference
-    between these two decides, if the control has all seeds that the challenger has.
+    The best control and the challenger, the best of the other arms, are those whose ensembles have the highest mean
+    validation accuracy, and of equal ones the lowest validation loss, among arms whose teachers cost no more than the
+    pyramid's. The difference between these two decides, unless _undecided() knows why not.
     """
     by_arm: dict[str, dict[int, dict]] = {arm: {} for arm in order}
     for result in results:
         by_arm.setdefault(result["arm"], {})[result["seed"]] = result
     arms = {arm: _arm(own) for arm, own in by_arm.items() if own}
     most = LONGER * pyramid_flops
-    controls = {arm: own for arm, own in by_arm.items() if arm in arms and arms[arm]["control"]}
-    others = {arm: own for arm, own in by_arm.items() if arm in arms and not arms[arm]["control"]
-              and arms[arm]["teacher_flops"] <= most}
-    (best, chosen_on), (challenger, _) = _best(controls), _best(others)
+    fair = [arm for arm in arms if arms[arm]["teacher_flops"] <= most]
+    (best, chosen_on), (challenger, _) = (_best({arm: by_arm[arm] for arm in fair if arms[arm]["control"] == control})
+                                          for control in (True, False))
+    equal = any(arms[arm]["control"] and arms[arm]["teacher_flops"] * LONGER >= pyramid_flops for arm in fair)
+    undecided = _undecided(by_arm, order, best, challenger, equal)
+    verdict = None if undecided else (challenger, best)
     differences = [difference for arm in arms for against in dict.fromkeys(a for a in (YARDSTICK, best) if a in arms)
                    if against != arm
-                   for difference in _differences(by_arm, arm, against, (arm, against) == (challenger, best))]
+                   for difference in _differences(by_arm, arm, against, (arm, against) == verdict)]
     return {
         "recipe": name, "written": time.time(), "classes": classes,
         "test_images": results[0]["test_images"] if results else None,
@@ -41,8 +43,30 @@ def aggregate(name: str, results: list[dict], order: list[str], seeds: list[int]
         "complete": all(seed in by_arm[arm] for arm in order for seed in seeds),
         "missing": [f"{arm}-seed-{seed}" for arm in order for seed in seeds if seed not in by_arm[arm]],
         "world_sizes": sorted({result["world_size"] for result in results}), "pyramid_flops": pyramid_flops,
-        "arms": arms, "best_control": best, "chosen_on": chosen_on, "challenger": challenger,
+        "arms": arms, "best_control": best, "chosen_on": chosen_on, "challenger": challenger, "undecided": undecided,
         "dearer": [arm for arm in arms if arms[arm]["teacher_flops"] > most], "differences": differences}
+
+
+def _undecided(by_arm: dict[str, dict[int, dict]], order: list[str], best: str | None, challenger: str | None,
+               equal: bool) -> list[str]:
+    """Why the difference between the best control and the challenger decides nothing yet, a sentence each."""
+    out = []
+    waiting = [arm for arm in order if not by_arm[arm]]
+    if waiting:
+        out.append(f"nothing decides yet, for {', '.join(waiting)} may be better and have no seed: wait for them, or leave "
+                   "them out by --arms")
+    if not (best and challenger):
+        return out
+    if not equal:
+        out.append("nothing decides, for no control had the compute of the pyramid: take peers or top-long into the study")
+    if len(by_arm[challenger]) < 2:
+        out.append(f"nothing decides yet, for {challenger}, the best of the arms that are no controls, has a single seed: "
+                   "run it and the best control with more --seeds")
+    lacks = sorted(set(by_arm[challenger]) - set(by_arm[best]))
+    if lacks:
+        out.append(f"nothing decides yet, for {best} lacks seeds that {challenger} has: run it with --seeds "
+                   f"{','.join(map(str, lacks))},")
+    return out
 
 
 def _arm(own: dict[int, dict]) -> dict:
@@ -74,7 +98,7 @@ def _best(arms: dict[str, dict[int, dict]]) -> tuple[str | None, list[int]]:
 
 
 def _differences(by_arm: dict[str, dict[int, dict]], arm: str, against: str, decides: bool) -> list[dict]:
-    """Of every network that both arms have, over the seeds that both have finished; decides: if these are all of arm's."""
+    """Of every network that both arms have, over the seeds that both have finished."""
     seeds = sorted(set(by_arm[arm]) & set(by_arm[against]))
     if not seeds:
         return []
@@ -82,7 +106,8 @@ def _differences(by_arm: dict[str, dict[int, dict]], arm: str, against: str, dec
     out = []
     for name in names:
         one, other = (np.stack([right(by_arm[which][seed], name) for seed in seeds]) for which in (arm, against))
-        difference, low, high = crossed_bootstrap(one, other)
+        # Ends of an ensemble's interval, which may decide, are to be sure to about a hundredth of its width.
+        difference, low, high = crossed_bootstrap(one, other, RESAMPLES * (10 if name == ENSEMBLE else 1))
         out.append({"arm": arm, "against": against, "network": name, "difference": difference, "interval": [low, high],
-                    "seeds": len(seeds), "decides": decides and name == ENSEMBLE and len(seeds) == len(by_arm[arm])})
+                    "seeds": len(seeds), "decides": decides and name == ENSEMBLE})
     return out

@@ -1,8 +1,10 @@
 """The exchange alone, by many light processes on this machine: time of a step, sockets, bytes and allocations of a rank.
 
-Real gloo, real routes, no networks: teachers answer with numbers that say whose they are. Prints a table, or JSON lines:
+Real gloo, real routes, no networks: teachers answer with numbers that say whose they are. Prints a table, or JSON lines, or
+writes RESULTS-exchange.md (four minutes):
 
     python tests/bench/exchange.py --students 8 --sources 8 --classes 100 --batch 256
+    python tests/bench/exchange.py --page
 """
 
 import argparse
@@ -11,6 +13,7 @@ import multiprocessing
 import os
 import socket
 import struct
+import subprocess
 import sys
 import time
 import zlib
@@ -29,10 +32,44 @@ from pkd.pyramid import build_pyramid
 from pkd.recipe import Level, Timeouts
 from pkd.schedule import Router, Schedule
 from pkd.targets import Unpacker
-from pkd.wire import KINDS, received, sockets
+from pkd.wire import KINDS, choose, received, sockets
 from pkd.world import World
 
 WARM, PROFILED = 5, 10  # steps before the measured ones, and after them
+CASES = (({}, 2, 14), ({}, 8, 8), ({"co_located": True}, 16, 16), ({}, 16, 8), ({}, 12, 12), ({"classes": 1000}, 12, 12),
+         ({"pixels": 32, "steps": 20}, 12, 4))  # what is asked, students, sources
+BEYOND = (32, 128, 512, 2048)  # students, and as many sources
+PAGE = """\
+# The exchange alone
+
+Written by `tests/bench/exchange.py --page` at commit {commit}: light processes with real gloo over loopback and real
+routes, without networks; {cores} cores for all of them, so times are those of a crowd and say only which kind is dearer.
+Batch 256, 100 classes, two levels, window 2, mean of 40 steps (20 with pixels). Sockets are counted in `/proc`, bytes by the
+kernel (`tcp_info`), the largest rank each; in brackets what `pkd/wire.py` predicts. Both kinds brought the same bits.
+
+| students + sources | kind | ms a step | sockets a rank | KB received, a student rank and step | KB sent, a rank and step \
+| torch allocations a step |
+|---|---|---|---|---|---|---|
+{cases}
+
+Received bytes may exceed the prediction by what headers take and by steps that are already under way when the kernel is
+asked. A broadcast's students pass on what they receive, which is what `sent` shows. Views that are sent have connections of
+their own, which the prediction leaves out.
+
+Allocations are those that torch's profiler sees while steps are begun, sent, taken and drained. Left out are the teachers'
+own work, the loss, and what groups of students exchange for an ensemble term, which allocate.
+
+## Beyond this machine, by `pkd/wire.py`
+
+Three levels of 1,000 classes, every teacher asked about every sample, 16 samples a student rank.
+
+| students + sources | batch | broadcast: sockets a rank | MB received a step | direct: sockets a rank | MB received a step \
+| auto |
+|---|---|---|---|---|---|---|
+{beyond}
+
+The ballot's group comes on top: a full mesh over all ranks, as many sockets a rank as there are ranks.
+"""
 
 
 class Echo:
@@ -174,6 +211,41 @@ def measure(kind: str, ask: argparse.Namespace) -> list[dict]:
     return sorted(found, key=lambda one: one["rank"])
 
 
+def row(kind: str, found: list[dict]) -> str:
+    """Of the ranks' findings the largest each, as a table has it."""
+    most = {key: max(one[key] for one in found) for key in found[0] if key != "kind"}
+    return (f"{kind} | {np.mean([one['mean_ms'] for one in found]):.1f} | {most['sockets']} ({most['predicted_sockets']}) "
+            f"| {most['received'] / 1000:.1f} ({most['predicted_received'] / 1000:.1f}) | {most['sent'] / 1000:.1f} "
+            f"| {most['allocations'] / most['steps']:g} |")
+
+
+def beyond(ranks: int) -> str:
+    placement = Placement("dedicated", 2 * ranks, ranks, 1, tuple(
+        Source(ranks + i, (f"level2-{i}",), 1.0) for i in range(ranks)))
+    logits = 3 * 1000 * 16 * ranks
+    cells = [cell for kind in KINDS for cell in (
+        f"{max(sockets(kind, placement, rank) for rank in (0, ranks)):,}", f"{received(kind, placement, logits) / 1e6:.1f}")]
+    return f"| {ranks:,} + {ranks:,} | {16 * ranks:,} | {' | '.join(cells)} | {choose('auto', placement, logits)[0]} |"
+
+
+def page(ask: argparse.Namespace) -> str:
+    lines = []
+    for more, students, sources in CASES:
+        here = argparse.Namespace(**{**vars(ask), "students": students, "sources": sources, **more})
+        name = f"{students} co-located" if here.co_located else f"{students} + {sources}"
+        name += ", 1,000 classes" * (here.classes == 1000)
+        name += f", views of 3 x {here.pixels} x {here.pixels} sent" if here.pixels else ""
+        by_kind = {kind: measure(kind, here) for kind in KINDS}
+        first, other = ([one["crc"] for one in found] for found in by_kind.values())
+        assert first == other, "both kinds bring the same bits"
+        lines += [f"| {name if kind == KINDS[0] else ''} | {row(kind, found)}" for kind, found in by_kind.items()]
+        print(*lines[-2:], sep="\n", flush=True)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
+                            text=True).stdout.strip()
+    return PAGE.format(commit=commit, cores=os.cpu_count(), cases="\n".join(lines),
+                       beyond="\n".join(map(beyond, BEYOND)))
+
+
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words.add_argument("--students", type=int, default=8)
@@ -186,7 +258,11 @@ def main() -> None:
     words.add_argument("--pixels", type=int, default=0, help="student ranks send views of this side, three channels")
     words.add_argument("--co-located", action="store_true")
     words.add_argument("--json", action="store_true")
+    words.add_argument("--page", action="store_true")
     ask = words.parse_args()
+    if ask.page:
+        Path(__file__).with_name("RESULTS-exchange.md").write_text(page(ask))
+        return
     if not ask.json:
         print(f"{ask.students} student ranks, {ask.sources} sources, batch {ask.batch}, {ask.classes} classes, "
               f"{os.cpu_count()} cores{f', views of {ask.pixels} pixels sent' if ask.pixels else ''}\n\n"
@@ -198,12 +274,7 @@ def main() -> None:
             for one in found:
                 print(json.dumps(one))
             continue
-        most = {key: max(one[key] for one in found) for key in found[0] if key != "kind"}
-        print(f"| {kind} | {np.mean([one['mean_ms'] for one in found]):.1f} "
-              f"| {most['sockets']} ({most['predicted_sockets']}) "
-              f"| {most['received'] / 1000:.1f} ({most['predicted_received'] / 1000:.1f}) "
-              f"| {most['sent'] / 1000:.1f} "
-              f"| {most['allocations'] / most['steps']:g} |")
+        print(f"| {row(kind, found)}")
 
 
 if __name__ == "__main__":
