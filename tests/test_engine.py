@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from ranks import free_port
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
-STEPS = 3
+STEPS = 2  # the second is the first with momentum
 
 
 def settings():
