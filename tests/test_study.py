@@ -94,6 +94,7 @@ def test_a_control_that_lacks_seeds_may_be_the_best_but_nothing_decides_then():
     ({"peers": 2.0, "top-long": None}, 2, "top-long may be better and have no seed"),
     ({"top": 1.0}, 2, "no control had the compute of the pyramid"),
     ({"peers": 2.0}, 1, "composed, the best of the arms that are no controls, has a single seed"),
+    ({"peers": 2.0}, 1, "composed lacks seeds that are asked for: run it with --seeds 1,"),
 ])
 def test_nothing_decides_before_there_is_nothing_left_to_choose_from(arms, seeds, reason):
     """arms: the controls' cost, None for one that has no result."""

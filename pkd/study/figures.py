@@ -30,7 +30,7 @@ def aggregate(name: str, results: list[dict], order: list[str], seeds: list[int]
     (best, chosen_on), (challenger, _) = (_best({arm: by_arm[arm] for arm in fair if arms[arm]["control"] == control})
                                           for control in (True, False))
     equal = any(arms[arm]["control"] and arms[arm]["teacher_flops"] * LONGER >= pyramid_flops for arm in fair)
-    undecided = _undecided(by_arm, order, best, challenger, equal)
+    undecided = _undecided(by_arm, order, seeds, best, challenger, equal)
     verdict = None if undecided else (challenger, best)
     differences = [difference for arm in arms for against in dict.fromkeys(a for a in (YARDSTICK, best) if a in arms)
                    if against != arm
@@ -47,8 +47,8 @@ def aggregate(name: str, results: list[dict], order: list[str], seeds: list[int]
         "dearer": [arm for arm in arms if arms[arm]["teacher_flops"] > most], "differences": differences}
 
 
-def _undecided(by_arm: dict[str, dict[int, dict]], order: list[str], best: str | None, challenger: str | None,
-               equal: bool) -> list[str]:
+def _undecided(by_arm: dict[str, dict[int, dict]], order: list[str], seeds: list[int], best: str | None,
+               challenger: str | None, equal: bool) -> list[str]:
     """Why the difference between the best control and the challenger decides nothing yet, a sentence each."""
     out = []
     waiting = [arm for arm in order if not by_arm[arm]]
@@ -62,10 +62,11 @@ def _undecided(by_arm: dict[str, dict[int, dict]], order: list[str], best: str |
     if len(by_arm[challenger]) < 2:
         out.append(f"nothing decides yet, for {challenger}, the best of the arms that are no controls, has a single seed: "
                    "run it and the best control with more --seeds")
-    lacks = sorted(set(by_arm[challenger]) - set(by_arm[best]))
-    if lacks:
-        out.append(f"nothing decides yet, for {best} lacks seeds that {challenger} has: run it with --seeds "
-                   f"{','.join(map(str, lacks))},")
+    for arm in (best, challenger):
+        lacks = sorted({*seeds, *by_arm[challenger]} - set(by_arm[arm]))
+        if lacks:
+            out.append(f"nothing decides yet, for {arm} lacks seeds that are asked for: run it with --seeds "
+                       f"{','.join(map(str, lacks))},")
     return out
 
 
