@@ -38,7 +38,7 @@ def aggregate(name: str, results: list[dict], order: list[str], seeds: list[int]
     return {
         "recipe": name, "written": time.time(), "classes": classes,
         "test_images": results[0]["test_images"] if results else None,
-        "seeds": sorted({result["seed"] for result in results}),
+        "seeds": sorted({result["seed"] for result in results}), "asked": list(seeds),
         "test_readings": sum(result["test_readings"] for result in results),
         "complete": all(seed in by_arm[arm] for arm in order for seed in seeds),
         "missing": [f"{arm}-seed-{seed}" for arm in order for seed in seeds if seed not in by_arm[arm]],
