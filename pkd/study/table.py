@@ -46,7 +46,7 @@ def remarks(study: dict) -> list[str]:
         on = study["chosen_on"]
         which = f"seed{'s' * (len(on) > 1)} {', '.join(map(str, on))}" if on else "the seeds that each has"
         out.append(f"best control by validation on {which}: {study['best_control']}"
-                   + (f"; against it one arm decides, the best of the others by validation: {study['challenger']}"
+                   + (f"; the best of the others, and the one that may decide against it: {study['challenger']}"
                       if study["challenger"] else ""))
     out += study["undecided"] + coverage(study)
     if len(study["world_sizes"]) > 1:
