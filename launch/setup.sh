@@ -15,7 +15,8 @@ wanted=$(cat requirements.txt pyproject.toml | cksum)
 if [[ -x .venv/bin/python && -f $stamp && $(cat "$stamp") == "$wanted" ]]; then
     exit 0
 fi
-[[ -x .venv/bin/python ]] || "$python" -m venv .venv
+# Its Python is there before its pip, which a system without ensurepip, or an interruption, may leave it without.
+.venv/bin/python -m pip --version &> /dev/null || "$python" -m venv .venv
 echo "setup: installing pkd$extra into .venv (a minute or more)"
 # Of the thousands of files that pip would compile a run imports a fifth: those are compiled here, once, rather than by all of
 # its ranks at the same time, and in each of them again where Python is told to write none.

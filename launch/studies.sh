@@ -22,8 +22,10 @@ for recipe in "$@"; do
     # The recipe as it was when its study began, for later results to be of the same one.
     [[ -f $place/recipe.yaml ]] || cp "launch/recipes/$recipe.yaml" "$place"/recipe.yaml
     study=(.venv/bin/pkd study "$place/recipe.yaml" --study-folder "$place" "${more[@]}")
-    # What one arm or seed lacks in the end is said, and keeps the others from nothing.
-    printf '%s\n' ${SEEDS:-0 1 2 3 4} | OMP_NUM_THREADS=1 xargs -P "$(nproc)" -I% "${study[@]}" --seeds "%," || status=$?
-    "${study[@]}" --seeds "$(printf '%s,' ${SEEDS:-0 1 2 3 4})" || status=$?
+    # What one arm or seed lacks in the end is said, and keeps the others from nothing. Every process knows all seeds, so that
+    # none takes what there is for the whole study.
+    study+=(--seeds "$(printf '%s,' ${SEEDS:-0 1 2 3 4})")
+    printf '%s\n' ${SEEDS:-0 1 2 3 4} | OMP_NUM_THREADS=1 xargs -P "$(nproc)" -I% "${study[@]}" --only-seed % || status=$?
+    "${study[@]}" || status=$?
 done
 exit "$status"

@@ -189,7 +189,7 @@ class Filling:
             job.beat("reading teachers")
         host = TeacherHost(0, networks, self.views, job.world.device, job.recipe.teachers.forward == "bf16",
                            works=job.watchdog.works, names=[teacher.name for teacher in job.pyramid.teachers],
-                           block=job.recipe.answer_rows)
+                           block=job.recipe.answer_rows, channels_last=job.recipe.teachers.forward_channels_last)
         block = self.views.batch(torch.from_numpy(self.layout.order[:job.recipe.answer_rows].copy()), 0)
         for index in host.networks if job.world.rank == 0 else ():
             here, there = (host.forward(index, block.roll(shift, 0)).roll(-shift, 0) for shift in (0, 1))

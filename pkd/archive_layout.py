@@ -12,6 +12,7 @@ from pkd.row_format import RowFormat
 from pkd.schedule import BLOCK
 
 SHARDS, LARGEST = 16, 8192  # shards of a view where no shard gets more samples than that
+WHOLE = 128  # a shard of more samples has a multiple of it, lest teachers pad the last block of rows of each by much
 
 
 class Layout:
@@ -33,7 +34,8 @@ class Layout:
         rows = known * counts
         self.before = np.cumsum(rows, 1) - rows  # [teachers, classes]: a teacher's rows of the labels before this one
         size = -(-len(samples) // SHARDS)
-        self.per_shard = min(LARGEST, -(-size // BLOCK) * BLOCK)
+        whole = WHOLE if size > WHOLE else BLOCK
+        self.per_shard = min(LARGEST, -(-size // whole) * whole)
         self.shards = -(-len(samples) // self.per_shard)  # of each view
         bounds = np.minimum(np.arange(self.shards + 1) * self.per_shard, len(samples))
         # [teachers, shards + 1]: a teacher's rows before each shard, of all labels

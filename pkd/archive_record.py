@@ -19,6 +19,7 @@ from pkd.placement import possible_groups
 from pkd.recipe import part
 from pkd.recipe_file import difference
 from pkd.run_folder import RunFolder
+from pkd.teacher import images_last
 from pkd.views import Views
 
 FOLDER, RECORD = "soft-targets", "archive.json"
@@ -46,7 +47,9 @@ def kernels(job: Job) -> str:
     """What decides the last bits of this rank's answers."""
     recipe, device = job.recipe, hardware(job.world.device).device
     device = f"cpu ({cpu_model()})" if device == "cpu" else device
-    return f"{device}, torch {torch.__version__}, {recipe.threads} thread(s), blocks of {recipe.answer_rows} rows"
+    last = images_last(recipe.teachers.forward_channels_last, job.world.device)
+    return (f"{device}, torch {torch.__version__}, {recipe.threads} thread(s), blocks of {recipe.answer_rows} rows"
+            + ", channels last" * last)
 
 
 def pixels(job: Job, views: Views, count: int) -> list[int]:

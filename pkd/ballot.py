@@ -36,6 +36,7 @@ class Ballot:
 
     def __init__(self, group: dist.ProcessGroupGloo | None, window: int, every: int):
         self.group, self.delay, self.every = group, window + 1, every
+        self.began = False
 
     def open(self, first: int, last: int) -> None:
         """Begin a stretch of steps [first, last) without a pause, such as an epoch; nothing may be pending."""
@@ -74,13 +75,14 @@ class Ballot:
     def close(self) -> Vote:
         """Wait for every vote that is still out; all of them together. Nothing is pending afterwards."""
         self._resolve(len(self.votes) + len(self.pending))
+        self.began = self.all_began
         broken = [vote.broken for vote in self.votes if vote.broken]
         return Vote(any(v.stop for v in self.votes), any(v.save for v in self.votes), min(broken, default=None))
 
     @property
     def all_began(self) -> bool:
-        """Whether a vote is known that every rank that trains cast after its first step of the stretch."""
-        return len(self.votes) > 1
+        """Whether a vote is known that every rank that trains cast after its first step of this or an earlier stretch."""
+        return self.began or len(self.votes) > 1
 
     def maximum(self, values: list[float]) -> list[float]:
         """Elementwise maximum over all ranks, at once; for epochs' ends."""

@@ -13,16 +13,20 @@ from functools import partial
 import torch
 
 from pkd.ballot import Ballot
+from pkd.cost import network_cost
 from pkd.ds_config import load_ds_config
 from pkd.engine import Engine
-from pkd.errors import UserError
+from pkd.errors import LocalError, UserError
 from pkd.figures import Keys, cached, keep, surroundings
-from pkd.hardware import cores_per_node, nodes
+from pkd.hardware import cores_per_node, memory_per_rank, nodes
 from pkd.job import Job
 from pkd.loss import pyramid_loss
 from pkd.network_file import fresh
 from pkd.objective import asked, constants
+from pkd.optimizer import parameter_group, state_keys
 from pkd.placement import check_batch
+from pkd.rank_map import USABLE
+from pkd.recipe import Model
 from pkd.recipe_file import digest
 from pkd.schedule import BLOCK, Router, Schedule
 from pkd.targets import Unpacker
@@ -47,7 +51,11 @@ def calibrated(job: Job, schedule: Schedule, views: Views, ballot: Ballot, onlin
     keys = Keys(job.recipe, job.pyramid, job.data, plan["where"], world.size, online)
     if plan["missing"] and not measure:
         return lambda estimates: estimates
-    missing = [key for key in keys.all() if digest(key) in plan["missing"]]
+    own = {digest(key): key for key in keys.all()}
+    if not own.keys() >= set(plan["missing"]):
+        raise LocalError(f"rank {world.rank} has another kind of device or another torch than rank 0, so that they time "
+                         "other parts: give all nodes the same, or say who is where by placement.kind and student_ranks")
+    missing = [own[name] for name in plan["missing"]]
     mine = {}
     if missing:
         job.console.say(f"timing {len(missing)} part(s) of the recipe on these ranks, once")
@@ -92,7 +100,24 @@ def _plan(job: Job, online: bool) -> dict:
     where = surroundings(sorted({one.device for one in job.hardware}), max(taken), len(ranks))
     every = Keys(job.recipe, job.pyramid, job.data, where, job.world.size, online).all()
     there = cached(every)
-    return {"where": where, "ranks": ranks, "missing": [digest(key) for key in every if digest(key) not in there]}
+    missing = [digest(key) for key in every if digest(key) not in there and _fits(job, key)]
+    return {"where": where, "ranks": ranks, "missing": missing}
+
+
+def _fits(job: Job, key: dict) -> bool:
+    """Whether a rank can hold what is to be timed, as far as its weights, gradients and states tell: the rest is estimated,
+    and lies in shards or under ZeRO later.
+    """
+    data, room = job.data, USABLE * min(memory_per_rank(job.hardware))
+    if key["part"] == "forward":
+        model = Model.model_validate(key["model"])
+        return 4 * network_cost(model, key["classes"], data.channels, data.size).parameters < room
+    if key["part"] not in ("train", "sync"):
+        return True
+    # Of each number its weight, the copy that is validated, its gradient and its states.
+    return sum(network_cost(student.model, len(data.classes), data.channels, data.size).parameters
+               * 4 * (3 + len(state_keys(parameter_group(student.name, [], student))))
+               for student in job.recipe.students) < room
 
 
 def _together(job: Job, name: str, count: int) -> None:
@@ -136,7 +161,7 @@ class _Meter:
         teacher = next(t for t in self.job.pyramid.teachers if self.keys.forward(t) == key)
         network = fresh(teacher.model.model_copy(update={"weights": None}), len(teacher.classes), self.job.data, 0, "timed")
         host = TeacherHost(0, {0: network}, self.views, self.device, recipe.teachers.forward == "bf16",
-                           block=recipe.answer_rows)
+                           block=recipe.answer_rows, channels_last=recipe.teachers.forward_channels_last)
         images = self.views.plain(self._ids(recipe.answer_rows))
         return [self._time(lambda: host.forward(0, images))]
 

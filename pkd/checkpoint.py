@@ -84,9 +84,12 @@ def numbered(folder: Path) -> list[Path]:
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are what was written, and a remark for each that was passed over.
 
-    Raises UserError if there are checkpoints, but none is whole.
+    For the holder of the folder's lock: what saves left that were killed goes. Raises UserError if there are checkpoints,
+    but none is whole.
     """
     remarks = []
+    for partial in folder.glob(".step-*.partial"):  # it may be what the disk lacks for the next
+        shutil.rmtree(partial, ignore_errors=True)
     for before in folder.glob(".step-*.before"):  # a save was killed between its two renames
         if not (target := folder / before.name[1:].removesuffix(".before")).exists():
             os.rename(before, target)

@@ -101,6 +101,8 @@ def parser() -> argparse.ArgumentParser:
                              help="slurm: an option for every job, such as --sbatch=--partition=gpu")
         if name == "study":
             own.add_argument("--seeds", default="3", help="how many, or which: 3, or 0,1,5 (default: 3)")
+            own.add_argument("--only-seed", type=_whole, metavar="K", help="work on this one of --seeds: for several "
+                             "processes of one study, each on a seed")
             own.add_argument("--arms", metavar="A,B", help="some of alone, top, top-t20, peers, top-long, peers-long, "
                              "paper-plain, paper, composed (default: all that suit the pyramid)")
             own.add_argument("--arm", action="append", default=[], metavar='NAME="key=value ..."',
@@ -132,15 +134,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # deepspeed's launcher adds --local_rank=N; the environment says the same.
     arguments = parse([a for a in argv if not a.startswith(("--local_rank", "--local-rank"))])
-    try:
-        launch = read_launch(os.environ)
-    except UserError as error:
-        print(f"pkd: {error}", file=sys.stderr)
-        return 2
-    if arguments.command in ON_EVERY_RANK:
-        return train(arguments, launch)
     console = Console()
     try:
+        if arguments.command in ON_EVERY_RANK:
+            return train(arguments, read_launch(os.environ))  # to the others what a batch script exports means nothing
         if arguments.command == "launch":
             from pkd.launch import launch as start
 
@@ -258,6 +255,12 @@ def _end(console: Console, job, speaks: bool, sentence: str, code: int) -> None:
         console.error(f"pkd: {sentence}")
     sys.stdout.flush()
     os._exit(code)
+
+
+def _whole(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number, found {text!r}")
+    return int(text)
 
 
 def _positive(text: str) -> int:

@@ -24,13 +24,13 @@ from pkd.network_file import fresh, open_teacher, read_teacher, teacher_hash
 from pkd.objective import asked, constants
 from pkd.placement import Placement, Source, chooses, describe, group_options, place, without_teachers
 from pkd.pyramid import Teacher
-from pkd.recipe_file import digest
+from pkd.recipe_file import digest, identity
 from pkd.row_format import row_formats
 from pkd.schedule import Router, Schedule, student_parts
 from pkd.sharded import ShardedNetwork
 from pkd.student_groups import Grouping
 from pkd.targets import Unpacker
-from pkd.teacher import TeacherHost, in_dtype
+from pkd.teacher import TeacherHost, as_it_answers, images_last
 from pkd.timings import estimated, workload
 from pkd.tracker import Tracker, check_tracker
 from pkd.views import Views
@@ -45,6 +45,7 @@ class Setup:
     def __init__(self, job: Job, steps: int | None):
         self.job, self.data, self.limit = job, job.data, steps
         recipe, world = job.recipe, job.world
+        self.identity = digest(identity(recipe))
         self.ds_config = load_ds_config(recipe.deepspeed.students)
         self.labels = self.data.labels
         self.views = Views(self.data, recipe.views, recipe.seed)
@@ -89,10 +90,12 @@ class Setup:
             if path is None:
                 return {"checkpoint": None, "epoch": 0, "step": 0}
             progress = read_json(path / "state.json")["progress"]
-            for key, mine in (("teachers", self.teacher_hashes), ("fingerprint", self.data.fingerprint)):
-                if progress[key] != mine:
-                    raise UserError(f"checkpoint {path} was made with other {'data' if key == 'fingerprint' else key} "
-                                    "than there are now: restore them, or give another folder with --run-folder")
+            for key, what, mine in (("teachers", "teachers than there are", self.teacher_hashes),
+                                    ("fingerprint", "data than there are", self.data.fingerprint),
+                                    ("identity", "settings than the recipe has", self.identity)):
+                if progress.get(key, mine) != mine:
+                    raise UserError(f"checkpoint {path} was made with other {what} now: restore them, or give another "
+                                    "folder with --run-folder")
             self.job.console.say(f"resuming from {path} (epoch {progress['epoch']}, step {progress['step']})")
             return {"checkpoint": str(path), "epoch": progress["epoch"], "step": progress["step"]}
         return self.job.world.first("resume", decide)
@@ -149,7 +152,7 @@ class Setup:
 
         def wish():
             return digest([recipe.placement.model_dump(mode="json"), recipe.distill.batch, recipe.answer_rows,
-                           recipe.together, nodes(job.hardware),
+                           recipe.together, recipe.teacher_views, nodes(job.hardware),
                            [rank.device for rank in job.hardware], world.devices, self.archive is not None])
 
         def before():
@@ -225,10 +228,6 @@ class Setup:
         names = [teacher.name for teacher in self.job.pyramid.teachers]
         sources = [[names.index(name) for name in source.teachers] for source in self.placement.sources]
         recipe, world = self.job.recipe, self.job.world
-        together = [source for source in self.placement.sources if source.group]
-        if self.sends_views and together:
-            raise UserError(f"teacher_views is sent, but {', '.join(together[0].teachers)} lies in shards on "
-                            f"{together[0].where}, which rebuild their views: set teacher_views to rebuilt")
         logits = Router(self.job.pyramid, sources, self.constants.own).largest(self.schedule.batch)
         if sources and recipe.answer_rows > recipe.together * self.schedule.batch:
             self.job.console.say(f"answer_rows is {recipe.answer_rows}, but teachers are asked about "
@@ -252,7 +251,7 @@ class Setup:
                     networks[teacher] = self._network(source, self.job.pyramid.teachers[teacher])
                 hosts.append(TeacherHost(index, networks, self.views, world.device, bf16, self.formats,
                                          world.rank == source.rank, self.job.watchdog.works, names,
-                                         self.job.recipe.answer_rows))
+                                         self.job.recipe.answer_rows, self.job.recipe.teachers.forward_channels_last))
         return hosts
 
     def _network(self, source: Source, teacher: Teacher) -> Network | ShardedNetwork:
@@ -261,6 +260,8 @@ class Setup:
             return read_teacher(*self._asked_for(teacher))[0]
         recipe = self.job.recipe
         network, weights = open_teacher(*self._asked_for(teacher))
-        return ShardedNetwork(in_dtype(network, recipe.teachers.forward == "bf16"), weights,
-                              load_ds_config(recipe.deepspeed.shards), self.job.world.device, source.where,
+        last = images_last(recipe.teachers.forward_channels_last, self.job.world.device)
+        # Its weights become views of DeepSpeed's flat buffers, whatever they are laid out as.
+        network = as_it_answers(network, recipe.teachers.forward == "bf16", last, whole=False)
+        return ShardedNetwork(network, weights, load_ds_config(recipe.deepspeed.shards), self.job.world.device, source.where,
                               self.job.watchdog.waits)

@@ -15,6 +15,8 @@ from pkd.shipped import is_file, shipped_file, shipped_names
 OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler")
 
 
+NUMBERS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size", "sub_group_size")
+
 # What `auto` stands for: fp32 on every device, for the dtype is part of what a run is, and runs move. On a CPU a step under
 # ZeRO 1 takes 1.2 to 1.5 times as long; on a GPU 1.01 to 1.06, where memory soon lacks (tests/bench/RESULTS-kernels-*).
 AUTO = {"cpu": "zero0", "cuda": "zero1"}
@@ -111,6 +113,14 @@ def _check(config: dict, name: str) -> None:
     if precision(config) == "fp16" and stage(config) == 0:
         raise UserError(f"DeepSpeed configuration {name} asks for fp16 with ZeRO 0, whose loss scaling is unsound: "
                         "use ZeRO 1, 2 or 3, or bf16")
+    for key, value in config.get("zero_optimization", {}).items():
+        if key in NUMBERS and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 1):
+            raise UserError(f"DeepSpeed configuration {name}: zero_optimization.{key} must be a number above 0, found "
+                            f"{value!r}: give one, or leave it out for pkd's own")
+    wide = config.get("data_types", {})
+    if isinstance(wide, dict) and wide.get("grad_accum_dtype") and precision(config) == "bf16" and stage(config) == 1:
+        raise UserError(f"DeepSpeed configuration {name} sets data_types.grad_accum_dtype for bf16 with ZeRO 1, for which "
+                        "DeepSpeed takes an optimizer whose states pkd cannot save: remove it, or use ZeRO 2 or 3")
     enabled = [kind for kind in ("bf16", "fp16", "torch_autocast") if config.get(kind, {}).get("enabled")]
     if len(enabled) > 1:
         raise UserError(f"DeepSpeed configuration {name} enables both {enabled[0]} and {enabled[1]}: choose one")
@@ -145,6 +155,15 @@ def check_shards(config: dict, name: str) -> None:
                         "dtype teachers answer: remove it there")
 
 
+def check_clip(config: dict, clipped: bool, elements: int) -> None:
+    """Raises UserError where parts of a network of `elements` parameters would each be clipped by itself."""
+    most = config.get("zero_optimization", {}).get("sub_group_size", elements)
+    if clipped and stage(config) == 3 and most < elements:
+        raise UserError(f"the DeepSpeed configuration's zero_optimization.sub_group_size is {most}, fewer than the "
+                        f"{elements} parameters that are trained, so that clip would limit parts of a network each by "
+                        "itself: leave sub_group_size or clip out")
+
+
 def engine_config(config: dict, ranks: int, accumulation: int, elements: int) -> dict:
     """`config` completed for an engine of `elements` parameters over `ranks` ranks, `accumulation` micro batches a step.
 
@@ -163,6 +182,8 @@ def engine_config(config: dict, ranks: int, accumulation: int, elements: int) ->
         zero.setdefault("stage3_param_persistence_threshold", 0)  # else small tensors stay whole on every rank
         # Else torch's linear layer is replaced in the whole process, whole teachers' included, by one with other last bits.
         zero.setdefault("memory_efficient_linear", False)
+        # DeepSpeed steps once for each of these parts of a network, and clip needs the norm of all of it.
+        zero.setdefault("sub_group_size", max(10**9, elements))
     return {
         "steps_per_print": 10**9,
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0

@@ -7,10 +7,13 @@ import copy
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 
 from pkd import state
-from pkd.ds_config import engine_config, import_deepspeed, precision, stage
+from pkd.depthwise import use_tall_depthwise
+from pkd.ds_config import check_clip, engine_config, import_deepspeed, precision, stage
 from pkd.ensemble import Ensemble
+from pkd.errors import UserError
 from pkd.models import Network
 from pkd.norm import set_group
 from pkd.optimizer import GroupOptimizer, parameter_group, state_keys
@@ -37,9 +40,16 @@ class Engine:
         elements = sum(p.numel() for p in ensemble.parameters())
         self.optimizer = GroupOptimizer(groups)
         self.ranks = dist.get_world_size()
+        check_clip(ds_config, any(own.clip for own in settings), elements)
         config = engine_config(ds_config, self.ranks, accumulation, elements)
-        self.ds = deepspeed.initialize(model=ensemble, optimizer=self.optimizer, config=config)[0]
+        try:
+            self.ds = deepspeed.initialize(model=ensemble, optimizer=self.optimizer, config=config)[0]
+        except ValidationError as error:
+            found = error.errors()[0]
+            raise UserError(f"DeepSpeed refuses {'.'.join(map(str, found['loc']))} in its configuration of {error.title} "
+                            f"({found['msg']}): mend that key in the file that the recipe's deepspeed names") from None
         for network in networks.values() if channels_last else ():
+            use_tall_depthwise(network)
             # Where there are shards or other dtypes, weights are views of DeepSpeed's flat buffers.
             network.use_channels_last(weights=stage(ds_config) == 0 and precision(ds_config) == "fp32")
         if compiled:

@@ -22,6 +22,8 @@ from pkd.summary import table
 from pkd.validate import validate
 from pkd.views import Views
 
+COUNT = "test-readings.json"
+
 
 def evaluate(path: Path, console: Console, overrides: list[str], limit: int | None) -> dict:
     """Write predictions and summary.json of a finished run, return the latter; limit: read only so many test images (a
@@ -129,7 +131,7 @@ def merged(a: dict, b: dict) -> dict:
 
 def _one_more_reading(path: Path) -> int:
     """How often the test split will have been read; written down before it is, whatever becomes of it then."""
-    count, summary = path / "test-readings.json", path / "summary.json"
+    count, summary = path / COUNT, path / "summary.json"
     before = read_json(count)["test_readings"] if count.exists() else \
         read_json(summary)["test_readings"] if summary.exists() else 0
     write_json(count, {"test_readings": before + 1})

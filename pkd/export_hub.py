@@ -12,9 +12,12 @@ from pkd.export import PREDICTION
 from pkd.files import read_json, write_bytes, write_json
 from pkd.model_card import model_card
 from pkd.models import Network
+from pkd.recipe_file import difference
 from pkd.run_folder import RunFolder
+from pkd.study.results import as_of_now
 from pkd.weights_file import Weights, write_weights
 
+COMPARED = ("data", "views", "students", "distill")  # what is equal in all arms of a study
 CONFIG, WEIGHTS = "config", "model"  # stems of the files
 
 
@@ -30,6 +33,7 @@ def export_hub(run: RunFolder, students: list[tuple[Network, dict]], folder: Pat
         if arms.get("recipe") != name:
             raise UserError(f"--study {study} is of recipe {arms.get('recipe')}, but run {run.path} of {name}: give the "
                             "folder of its own study")
+        _refuse_other(study, arms, run)
     if not (run.path / "summary.json").exists():
         raise UserError(f"run {run.path} has no summary.json, whose figures the model card states: run pkd evaluate first")
     summary = read_json(run.path / "summary.json")
@@ -45,6 +49,18 @@ def export_hub(run: RunFolder, students: list[tuple[Network, dict]], folder: Pat
                                                **_labels(students[0][1]["classes"])})
     card = model_card(recipe_of(run, []), summary, [facts for _, facts in students], arms)
     write_bytes(folder / "README.md", card.encode())
+
+
+def _refuse_other(study: Path, arms: dict, run: RunFolder) -> None:
+    """Raises UserError where a run's students are none of those that a study compares."""
+    both = read_json(run.path / "run.json")["recipe"], arms.get("study") or {}
+    asked, found = ({key: as_of_now(tree).get(key) for key in COMPARED} for tree in both)
+    if asked != found:
+        raise UserError(f"--study {study} is of other students than run {run.path}: {difference(asked, found)}; give the "
+                        "folder of its own study")
+    if arms.get("fingerprint") != read_json(run.students / "students.json")["fingerprint"]:
+        raise UserError(f"--study {study} is of other images or another split than run {run.path}: give the folder of its "
+                        "own study")
 
 
 def _student(folder: Path, network: Network, facts: dict) -> None:

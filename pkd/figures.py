@@ -34,7 +34,8 @@ class Keys:
     def forward(self, teacher: Teacher) -> dict:
         """Seconds of a forward of one block."""
         return {"part": "forward", "model": self._model(teacher.model), "classes": len(teacher.classes),
-                "forward": self.recipe.teachers.forward, "rows": self.recipe.answer_rows, **self._common()}
+                "forward": self.recipe.teachers.forward, "channels_last": self.recipe.teachers.forward_channels_last,
+                "rows": self.recipe.answer_rows, **self._common()}
 
     def train(self) -> dict:
         """Seconds of a students' step of each of two micro batches, the standard deviation of the larger one's as a share

@@ -17,7 +17,8 @@ from pkd.files import write_json
 from pkd.hardware import Hardware, devices, hardware, to_json
 from pkd.launcher import Launch
 from pkd.models import check_model, models_of, own_code
-from pkd.pyramid import Pyramid
+from pkd.objective import asked
+from pkd.pyramid import Pyramid, build_pyramid, foreseen
 from pkd.recipe import Recipe
 from pkd.run_folder import RunFolder
 from pkd.stop import signalled
@@ -60,16 +61,27 @@ class Job:
         self.beat("reading data")
         self.data: DataSet = load_data(self.recipe.data, self.watchdog.works)
         self.beat("data read")
+        # As far as it is known before the top is trained, that the pyramid suits the data and the objective.
+        asked(self.recipe.objective.kind,
+              build_pyramid(foreseen(self.recipe.pyramid), self.data.classes, self.recipe.seed))
         self.pyramid: Pyramid = pyramid_of(self.recipe, self.data, self.run.teachers, partial=self.phase == "teach")
         if self.data.dropped:
             self.console.say(f"{self.data.dropped} rows with several labels were dropped")
 
     def _open_folder(self) -> dict:
         remarks = self.run.open(self.recipe, self.phase, self.teacher)
-        self.was = self.run.state(self.name)
-        self.run.mark(self.name, "running")
+        self.mark("running")
         remarks += [f"the recipe names code of its own, which is run: {where}" for where in own_code(self.recipe)]
         return {"remarks": remarks, "locks": {str(lock.path): lock.inode for lock in self.run.locks}}
+
+    def mark(self, state: str, **more) -> None:
+        """Record where the phase stands. That all students are there stays true, whatever becomes of a start after that."""
+        if not self._is_complete():
+            self.run.mark(self.name, state, **more)
+
+    def _is_complete(self) -> bool:
+        found = self.run.state(self.name)
+        return self.phase == "distill" and found["state"] == "finished" and found.get("complete", False)
 
     def _introduce(self) -> None:
         """Ranks tell each other their node, process and device; rank 0 keeps it and writes it down."""
@@ -120,7 +132,7 @@ class Job:
                         # The disk may be full: then nobody can be told there. Another job's word is not overwritten.
                         with contextlib.suppress(UserError):
                             self.run.check_locks()
-                            self.run.mark(self.name, "refused", why=sentence)
+                            self.mark("refused", why=sentence)
                 store.set("abort", str(code))
             self.world.leave_store(30.0 if code == 2 else 5.0)
         except RuntimeError:  # the store's server is gone: say what this rank knows
@@ -129,8 +141,7 @@ class Job:
 
     def finished_before(self) -> bool:
         """Whether this phase had already come to its end, so that there is nothing left to do."""
-        return self.world.first("finished before",
-                                lambda: self.was["state"] == "finished" and self.was.get("complete", False))
+        return self.world.first("finished before", self._is_complete)
 
     def close(self, outcome: str) -> None:
         """Leave together with all ranks; "stopped" on any of them is everybody's outcome."""
@@ -138,12 +149,11 @@ class Job:
         self.beat("leaving", group="the other ranks' end")
         stopped = self.world.meet("the end", outcome == "stopped")
         if self.world.rank == 0 and stopped:
-            self.run.mark(self.name, "stopped")
+            self.mark("stopped")
             self.console.say("stopped by a signal, everything is saved: the same command goes on from here")
         elif self.world.rank == 0 and self.phase in ("teach", "archive"):
-            self.run.mark(self.name, "finished")
+            self.mark("finished")
         elif self.world.rank == 0 and outcome == "finished before":
-            self.run.mark(self.name, "finished", complete=True, time=self.was["time"])  # a summary of then is still true
             self.console.say(f"distill is finished already: the students are in {self.run.students}")
         self.world.close()
         self.watchdog.stop()

@@ -144,13 +144,18 @@ def slurm_job() -> dict:
     """This process's Slurm job and how often it was started before, or {}."""
     if "SLURM_JOB_ID" not in os.environ:
         return {}
-    return {"job": os.environ["SLURM_JOB_ID"], "start": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
+    return {"job": os.environ["SLURM_JOB_ID"], "start": int(os.environ.get("SLURM_RESTART_COUNT", "0")), **_cluster()}
+
+
+def _cluster() -> dict:
+    """Several clusters may write one file system, and each numbers its own jobs."""
+    return {"cluster": os.environ["SLURM_CLUSTER_NAME"]} if "SLURM_CLUSTER_NAME" in os.environ else {}
 
 
 def _is_dead(record: dict) -> bool:
     """Whether a holder is surely gone: an earlier start of this job, or a Slurm job that is over."""
     job, mine = record.get("job"), slurm_job()
-    if not job:
+    if not job or record.get("cluster") != mine.get("cluster", record.get("cluster")):
         return False
     if job == mine.get("job"):
         return record.get("start", 0) < mine["start"]

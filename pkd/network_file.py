@@ -115,7 +115,7 @@ def teacher_hash(folder: Path, recipe: Recipe, teacher: Teacher, data: DataSet, 
 def _check_hash(weights: Weights, facts: dict, path: Path) -> None:
     if weights.sha256() != facts.get("sha256"):
         raise UserError(f"{weights.path} is not the file that {path.name}.json was written for (another sha256): restore "
-                        "it or train it again")
+                        f"it, or delete {path.name}.json and train it again")
 
 
 def _check_tensors(network: Network, weights: Weights, facts: dict) -> None:
@@ -123,11 +123,11 @@ def _check_tensors(network: Network, weights: Weights, facts: dict) -> None:
     missing, unknown = [name for name in own if name not in found], [name for name in weights.names if name not in own]
     if missing or unknown:
         raise UserError(f"{weights.path} does not hold the weights of {facts.get('architecture')} "
-                        f"({len(missing)} missing, {len(unknown)} unknown): train it again")
+                        f"({len(missing)} missing, {len(unknown)} unknown): delete its JSON and train it again")
     for name, tensor in own.items():
         if weights.shape(name) != list(tensor.shape):
             raise UserError(f"{weights.path} holds {name} of shape {weights.shape(name)}, and {facts.get('architecture')} "
-                            f"needs {list(tensor.shape)}: train it again")
+                            f"needs {list(tensor.shape)}: delete its JSON and train it again")
 
 
 def _trained(folder: Path, teacher: Teacher) -> Path:

@@ -8,7 +8,7 @@ the teachers out.
 
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from pkd.errors import UserError, nearest
@@ -98,7 +98,7 @@ def place(recipe: Recipe, world: int, work: Workload, known: Ranks | None = None
     try:
         return _planned(recipe, world, work, known)
     except UserError:  # whole teachers do not fit; in shards they may
-        if known.memory and needed_shards(work.sizes, [known.usable(rank) for rank in range(world)]):
+        if known.memory and needed_shards(work.sizes, _room(work, known, range(world))):
             return _in_shards(recipe, world, work, known)
         raise
 
@@ -205,11 +205,30 @@ def _as_told(recipe: Recipe, world: int, work: Workload, known: Ranks) -> Placem
         raise UserError(f"{len(hosts)} teacher ranks were asked for, but a batch of {recipe.distill.batch} keeps only "
                         f"{len(busy)} of them busy ({len(work.teachers)} teachers, {work.most} block(s) of "
                         f"{work.block} rows each): start fewer ranks, or raise placement.student_ranks or distill.batch")
+    if work.sent and groups:
+        raise UserError(f"teacher_views is sent, but {', '.join(groups[0].teachers)} lies in {len(groups[0].ranks)} shards, "
+                        "which rebuild their views: set teacher_views to rebuilt")
+    _refuse_shared_devices(work.groups, students, kind, groups, hosts, known)
     sources = [Source(hosts[group.ranks[0]], tuple(group.teachers), sum(work.costs[name] for name in group.teachers),
                       tuple(hosts[rank] for rank in group.ranks)) for group in groups]
     sources += _sources({rank: names for rank, (names, _) in zip(hosts, shares) if names}, work)
     return Placement(kind, world, students, recipe.placement.accumulation, tuple(sources), work.groups, work.dealt,
                      known.nodes)
+
+
+def _refuse_shared_devices(groups: int, students: int, kind: str, shards: list[Group], hosts: list[int],
+                           known: Ranks) -> None:
+    """Raises UserError where ranks of one island share a GPU, which NCCL does not do."""
+    places = students // groups
+    for first in range(0, students, places):
+        if not known.apart(range(first, first + places)):
+            raise UserError(f"ranks {first} to {first + places - 1} train together, but some of them share a GPU: at most "
+                            "one rank a GPU trains in a group, so set placement.student_ranks=1, or as many "
+                            "placement.student_groups as ranks train, or start fewer ranks a node")
+    for group in shards if kind == "dedicated" else ():
+        if not known.apart(range(hosts[group.ranks[0]], hosts[group.ranks[-1]] + 1)):
+            raise UserError(f"{', '.join(group.teachers)} in {len(group.ranks)} shards would lie on ranks that share a GPU: "
+                            "start fewer ranks a node, or change placement.shards or placement.student_ranks")
 
 
 def _shard_and_share(recipe: Recipe, kind: str, work: Workload, hosts: list[int],
@@ -219,11 +238,16 @@ def _shard_and_share(recipe: Recipe, kind: str, work: Workload, hosts: list[int]
     On dedicated ranks a teacher that none can hold is sharded without being asked for, over the fewest ranks that fit.
     """
     costs, sizes, wish = work.costs, work.sizes, recipe.placement
-    room = [known.usable(rank) for rank in hosts]
+    room = _room(work, known, hosts) if kind == "dedicated" else [known.usable(rank) for rank in hosts]
     nodes = [known.nodes[rank] for rank in hosts] if known.nodes else [0] * len(hosts)
-    counts = wanted_shards(wish, kind, list(costs), len(room))
+    counts = wanted_shards(wish, kind, list(costs), len(room), work.groups)
     needed = needed_shards({n: sizes[n] for n in costs if n not in wish.shards}, room) if kind == "dedicated" else {}
     counts |= {name: count for name, count in needed.items() if count <= len(room)}
+    twice = next((name for name in needed if wish.replicas.get(name, 1) > 1), None)
+    if twice:
+        raise UserError(f"placement.replicas.{twice} is {wish.replicas[twice]}, but no rank has room for all of that "
+                        f"teacher ({sizes[twice] / 2**30:.2f} GiB, {max(room) / 2**30:.2f} at most), and one in shards has "
+                        "no replicas: leave it out of placement.replicas, or take devices with more memory")
     while True:
         groups = shard_groups(counts, sizes, room, nodes)
         if groups is not None:
@@ -245,6 +269,11 @@ def _shard_and_share(recipe: Recipe, kind: str, work: Workload, hosts: list[int]
                             f"of their own, but there are {len(room)} rank(s) for teachers with room for "
                             f"{max(room) / 2**30:.2f} GiB at most: start more ranks, or change placement.shards")
         counts[max(growing, key=lambda name: sizes[name] / counts[name])] += 1
+
+
+def _room(work: Workload, known: Ranks, ranks: Iterable[int]) -> list[float]:
+    """Bytes that each of these ranks has for teachers' weights if it does nothing but answer."""
+    return [max(0.0, known.usable(rank) - work.runtime - work.slots - work.host_memory) for rank in ranks]
 
 
 def outline(placement: Placement) -> str:
@@ -296,6 +325,9 @@ def _kind_and_students(recipe: Recipe, world: int, teachers: int) -> tuple[str, 
         return kind, world
     groups = wish.student_groups or 1
     students = wish.student_ranks or max(groups, world // 2 // groups * groups)
+    if students >= world and wish.student_ranks is None:  # because of the groups
+        raise UserError(f"placement.student_groups is {groups}, which leaves {max(0, world - students)} of {world} ranks to "
+                        f"the teachers: ask for at most {world - 1}, start more ranks, or set placement.kind=co-located")
     if students >= world:
         raise UserError(f"placement.student_ranks is {students}, which leaves {max(0, world - students)} of {world} "
                         f"ranks to the teachers: ask for at most {world - 1} or start more ranks")

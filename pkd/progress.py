@@ -60,6 +60,7 @@ class Progress:
             "epoch": self.epoch, "step": self.step, "best": self.best, "rates": self.rates.to_json(),
             "terms": self.sums.names, "steps": self.sums.steps, "seconds": self.sums.seconds, "wait": self.sums.wait,
             "teachers": self.setup.teacher_hashes, "fingerprint": self.setup.data.fingerprint,
+            "identity": self.setup.identity,
         }
         checkpoint.save(self.job.run.checkpoints, self.total_step, self.engine, progress, tensors,
                         lambda: self.job.beat(phase), self._gather)

@@ -84,7 +84,7 @@ class RankMap:
             views = asked * work.image
         else:
             answer += asked * work.view
-        places = self.students // work.groups if self._direct(work, float(sent.sum())) else 0
+        places = self.students // work.groups if self._direct(work) else 0
         return System(self.students, answer, train, sent, work.window, work.sync(self.students, accumulation),
                       work.links.bandwidth, work.links.latency, np.array(known.nodes) if known.nodes else None,
                       np.array(known.cores) if known.cores else None, known.threads, places, views, work.together,
@@ -95,11 +95,13 @@ class RankMap:
         places = self.students // work.groups
         return [slice(first, first + places) for first in range(0, self.students, places)]
 
-    def _direct(self, work: Workload, size: float) -> bool:
-        """Whether rows go to those student ranks only that need them, as pkd.wire decides. size: bytes of a step's."""
+    def _direct(self, work: Workload) -> bool:
+        """Whether rows go to those student ranks only that need them, as pkd.wire.choose() decides."""
         if work.exchange != "auto":
             return work.exchange == "direct"
-        return dear(self.students, set(self.hosted), size) and self.students > 1
+        size = 2 * work.batch * sum(teacher.width for teacher in work.teachers.values())  # of a step, at most
+        senders = {rank for name, ranks in self._holders().items() for rank in ranks[:1 if name in self.shards else None]}
+        return dear(self.students, senders, size) and self.students > 1
 
     def _holders(self) -> dict[str, list[int]]:
         """Teacher -> the ranks that hold it, ascending, as Router numbers them."""

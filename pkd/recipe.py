@@ -146,10 +146,14 @@ class Level(Section):
 class Teachers(Optimisation):
     """How every teacher is trained; specialists take as many steps as the top, not as many epochs."""
 
+    FREE: ClassVar = ("forward_channels_last",)
     steps: Whole = 1000
     batch: Whole = 64
     evaluate_every: Whole = 200  # steps; the best validation accuracy is what is kept
     forward: Literal["fp32", "bf16"] = "fp32"  # arithmetic of the frozen teacher while students train
+    # Layout of its images and weights then, in fp32 (bf16 is always channels last): other last bits. Left out: channels last
+    # but on CPUs with AVX-512, where a ResNet-101 takes 1.15 times as long so; with AVX2 it is 0.78, on an H100 0.84.
+    forward_channels_last: bool | None = None
 
 
 class Student(Optimisation):
@@ -228,8 +232,8 @@ class Recipe(Section):
     objective: Objective = Objective()
     archive: Archive = Archive()
     distill: Distill = Distill()
-    # Layout of images and weights while training. On a CPU, fp32, a step of MobileNetV2 and ShuffleNetV2 then takes 0.6 of
-    # the time, one of ResNet-18 1.05 of it (weights keep the layout in fp32 and ZeRO 0 only; else it is 0.75 and 1.07).
+    # Layout of images and weights while training, and on a CPU another way to train depthwise convolutions of low images:
+    # kernels (tests/bench/RESULTS-kernels-*). Weights keep the layout in fp32 and ZeRO 0 only.
     channels_last: bool = True
     deterministic: bool = False  # on GPUs: kernels that repeat to the last bit, slower; a CPU always does
     placement: Placement = Placement()

@@ -15,10 +15,11 @@ class Group:
     teachers: list[str] = field(default_factory=list)
 
 
-def wanted_shards(wish: Wish, kind: str, names: list[str], ranks: int) -> dict[str, int]:
+def wanted_shards(wish: Wish, kind: str, names: list[str], ranks: int, groups: int = 1) -> dict[str, int]:
     """Ranks for each teacher that the recipe wants on more than one, all holding parts. Raises UserError.
 
-    ranks: those that may hold teachers. Among co-located ranks every rank is of the students' island, and of no smaller one.
+    ranks: those that may hold teachers. Among co-located ranks every rank is of the students' island, and of no smaller one;
+    groups: of students, each of which has an island of its own.
     """
     for name, count in wish.shards.items():
         asked = f"placement.shards.{name} is {count}"
@@ -31,6 +32,9 @@ def wanted_shards(wish: Wish, kind: str, names: list[str], ranks: int) -> dict[s
         if count > 1 and kind != "dedicated" and count != ranks:
             raise UserError(f"{asked}, but among {ranks} co-located ranks a teacher is whole or in {ranks} shards, one on "
                             f"every rank: set it to {ranks}, or set placement.kind to dedicated")
+        if count > 1 and kind != "dedicated" and groups > 1:
+            raise UserError(f"{asked}, but students are in {groups} groups, and co-located ranks hold a teacher together "
+                            "with their own group only: set placement.student_groups to 1 or placement.kind to dedicated")
         if count > 1 and wish.replicas.get(name, 1) > 1:
             raise UserError(f"{asked} and placement.replicas.{name} is {wish.replicas[name]}, but a teacher in shards has "
                             "no replicas: leave one of them out")
@@ -39,7 +43,8 @@ def wanted_shards(wish: Wish, kind: str, names: list[str], ranks: int) -> dict[s
 
 def needed_shards(sizes: dict[str, int], room: list[float]) -> dict[str, int]:
     """The fewest ranks for each teacher that is too large for any one of them; room: bytes of each rank."""
-    return {name: ceil(size / max(room)) for name, size in sizes.items() if size > max(room)}
+    most = max(room)
+    return {name: ceil(size / most) if most else len(room) + 1 for name, size in sizes.items() if size > most}
 
 
 def shard_groups(counts: dict[str, int], sizes: dict[str, int], room: list[float], nodes: list[int]) -> list[Group] | None:

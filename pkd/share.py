@@ -26,8 +26,9 @@ def share_out(costs: dict[str, float], ranks: int, fixed: dict[str, int], most: 
     most = min(ranks, most)
     for name, count in fixed.items():
         if count > most:
-            raise UserError(f"placement.replicas.{name} asks for {count} ranks, but at most {most} can "
-                            f"share its rows ({ranks} rank(s) for teachers, blocks of answer_rows rows)")
+            raise UserError(f"placement.replicas.{name} asks for {count} ranks, but at most {most} can share its rows "
+                            f"({ranks} rank(s) for teachers, blocks of answer_rows rows): lower it or answer_rows, raise "
+                            "distill.batch, or give the teachers more ranks")
     besides = load or [0.0] * ranks
     shelves = _Shelves(costs, sizes or {}, room or [math.inf] * ranks, blocks or {}, besides)
     least = max([(sum(costs.values()) + sum(besides)) / ranks,

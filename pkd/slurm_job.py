@@ -13,6 +13,7 @@ from pkd.errors import UserError
 from pkd.files import read_json, write_bytes, write_json
 from pkd.launcher import first_host
 from pkd.standing import progress
+from pkd.stop import signalled
 
 TRIES = {"failed": 4, "stopped": 20}  # starts in a row that end so without a new checkpoint
 
@@ -68,15 +69,17 @@ def may_try_again(run: Path, name: str, outcome: str, console: Console) -> bool:
 
 def requeue(console: Console) -> bool:
     """Queue this job again; Slurm then ends this process. False where it refuses."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
     console.say(f"Slurm job {job_id()} is queued again and goes on from the last checkpoint")
     sys.stdout.flush()
+    signalled.yes = False
     asked = subprocess.run(["scontrol", "requeue", job_id()], capture_output=True, text=True)
     if asked.returncode:
         console.error(f"pkd: Slurm did not queue the job again ({asked.stderr.strip()}): submit the same job, it goes on")
         return False
-    time.sleep(120)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # not before Slurm has heard: it may be slow, and the time nearly up
+        signal.signal(number, signal.SIG_DFL)
+    if not signalled.yes:  # else Slurm has ended this process already, as far as it is concerned
+        time.sleep(120)
     return True
 
 

@@ -113,12 +113,20 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], int, 
                             "(channels, height, width): make them equal")
     together = np.concatenate(labels)
     if "classes" in arrays:
-        classes = tuple(str(name) for name in np.atleast_1d(arrays["classes"]))
+        classes = tuple(_name(name, path) for name in np.atleast_1d(arrays["classes"]))
     else:
         largest = int(together.max(initial=-1))
         classes = tuple(str(label) for label in range(largest + 1)) if largest < 2**20 else ()
     counts = {x: len(own) for (x, _), own in zip(pairs, labels)}
     return np.concatenate(images), together, classes, counts.get("x_test", 0), counts.get("x_validation", 0)
+
+
+def _name(name, path: Path) -> str:
+    """A class's, which may be bytes."""
+    try:
+        return name.decode() if isinstance(name, bytes) else str(name)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: the class name {name!r} is no UTF-8: give names as text") from None
 
 
 def _planes(x: np.ndarray, what: str) -> np.ndarray:

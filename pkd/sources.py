@@ -46,6 +46,10 @@ def read_source(recipe: Data, works: Callable[[], None] = lambda: None) -> Sourc
     if len(source.labels) == 0 or len(source.classes) < 2:
         raise UserError(f"data set {recipe.name} ({recipe.path}) holds {len(source.labels)} images of "
                         f"{len(source.classes)} classes: at least 2 classes are needed")
+    named, times = Counter(source.classes).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"data set {recipe.name} ({recipe.path}) has {times} classes of the name {named!r}: give each "
+                        "a name of its own")
     return source
 
 
@@ -117,7 +121,11 @@ def _folder(works: Callable[[], None], recipe: Data) -> Source:
     folders = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
     found = [name for name in folders if (root / name).is_dir()]
     splits = {folders[name]: root / name for name in found}
-    if "train" not in splits or not any(entry.is_dir() for entry in splits["train"].iterdir()):
+    deep = [name for name in found if any(entry.is_dir() for entry in (root / name).iterdir())]
+    if "train" not in deep:
+        if deep:
+            raise UserError(f"data.path {root} has {deep[0]}/ with folders in it, as of a split, but no train/ with any: "
+                            f"name the training images' folder train, or, if {deep[0]} is a class, give it another name")
         splits = {"train": root}  # and train/, if any, is a class of that name
     elif len(splits) < len(found):
         raise UserError(f"data.path {root} has {', '.join(f'{name}/' for name in found)}, of which two are for validation: "
@@ -157,7 +165,8 @@ def _csv(works: Callable[[], None], recipe: Data) -> Source:
     if incomplete:
         raise UserError(f"row {incomplete} of {path} lacks its image or its label: complete it or take it out")
     single = [cell for cell in cells if recipe.label_separator not in cell[1]]
-    twice, times = next(iter(Counter(image for image, _ in single).most_common(1)), ("", 0))
+    places = Counter(os.path.normpath(path.parent / image) for image, _ in single)  # one file may be written in several ways
+    twice, times = next(iter(places.most_common(1)), ("", 0))
     if times > 1:
         raise UserError(f"image {twice} is in {times} rows of {path}, so that students could be trained and tested on it: "
                         f"keep one row an image (one of several labels, joined by {recipe.label_separator!r}, is left out)")

@@ -57,7 +57,7 @@ def _teach(job: Job, teachers: list[Teacher], steps: int, name: str) -> str:
     job.record()
     outcome = "finished"
     for teacher, ranks in assign([t for t in teachers if t.name in names], _costs(job), job.world.devices,
-                                 job.recipe.teachers.batch):
+                                 job.recipe.teachers.batch, named=job.teacher is not None):
         if job.world.rank in ranks and outcome == "finished":
             bridge = job.world.bridge(f"ballot {teacher.name}", ranks)
             job.world.join_island(f"teach {teacher.name}", ranks)
@@ -80,18 +80,19 @@ def _group_the_rest(job: Job) -> Pyramid:
     return pyramid_of(job.recipe, job.data, job.run.teachers)
 
 
-def assign(teachers: list[Teacher], costs: dict[str, float], devices: list[int],
-           batch: int) -> list[tuple[Teacher, list[int]]]:
-    """Who trains where, in the order that every rank goes through: the top (or a lone teacher) on as many ranks as its
+def assign(teachers: list[Teacher], costs: dict[str, float], devices: list[int], batch: int,
+           named: bool = False) -> list[tuple[Teacher, list[int]]]:
+    """Who trains where, in the order that every rank goes through: the top (or one that was named) on as many ranks as its
     batch feeds, specialists on one each, longest first onto the rank that is free first. Pure.
 
-    devices: of each rank, numbered; ranks that share one do not train together.
+    devices: of each rank, numbered; ranks that share one do not train together. How many ranks a teacher gets does not
+    depend on which others are left to train: its batch statistics would be others after an interruption.
     """
     world = len(devices)
     free = [0.0] * world
     plan = []
     for teacher in sorted(teachers, key=lambda t: (t.level > 0, -costs[t.name])):
-        wide = teacher.level == 0 or len(teachers) == 1
+        wide = teacher.level == 0 or named
         count = min(world, max(1, batch // SAMPLES_PER_RANK)) if wide else 1
         first: dict[int, int] = {}  # device -> the rank on it that is free first
         for rank in sorted(range(world), key=lambda rank: (free[rank], rank)):
@@ -132,16 +133,16 @@ class Lesson:
         """Stretches of training, each ended by a validation."""
         every = self.settings.evaluate_every
         while self.step < self.steps:
-            last = min(self.steps, (self.step // every + 1) * every)
-            stopped = self._stretch(last)
-            if self.step == last:  # even if stopped: the next start goes on with the stretch that follows
+            whole = min(self.settings.steps, (self.step // every + 1) * every)
+            stopped = self._stretch(min(self.steps, whole))
+            if self.step == whole:  # even if stopped: the next start goes on with the stretch that follows
                 self._validate()
             self._save()
             if stopped:
                 self.engine.close()
                 return "stopped"
-        if not self.best:  # it was stopped before its first validation, beyond what --steps asks for now
-            self._validate()
+        if self.step % every and self.step < self.settings.steps:  # --steps ends within a stretch: this validation is not
+            self._validate()  # saved, for a teaching without --steps, which may go on from here, has none at this step
         self._finish()
         self.engine.close()
         return "finished"

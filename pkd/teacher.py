@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from torch import nn
 
 from pkd.errors import LocalError
 from pkd.models import Network
@@ -45,18 +46,21 @@ class TeacherHost:
     formats: how each teacher's rows are rounded beyond fp16; without any they are left as they are.
     sends: whether this rank's answers are used; of the ranks that hold a teacher together, the first one's are.
     works: told after each block of answers, which are progress. names: of teachers, for what is said about one.
+    channels_last: of fp32 networks; None: as is faster on the device.
     """
 
     def __init__(self, source: int, networks: dict[int, Network | ShardedNetwork], views: Views, device: torch.device,
                  bf16: bool, formats: dict[int, RowFormat] | None = None, sends: bool = True,
-                 works: Callable[[], None] = lambda: None, names: Sequence[str] = (), block: int = BLOCK):
+                 works: Callable[[], None] = lambda: None, names: Sequence[str] = (), block: int = BLOCK,
+                 channels_last: bool | None = None):
         self.formats = {index: form for index, form in (formats or {}).items() if not form.plain}
         self.source, self.views, self.device, self.sends, self.works = source, views, device, sends, works
         self.names, self.block = names, block
-        self.networks = {}
+        self.networks, last = {}, images_last(channels_last, device)
         for index, network in networks.items():
             whole = isinstance(network, Network)
-            self.networks[index] = in_dtype(network, bf16).to(device).eval().requires_grad_(False) if whole else network
+            self.networks[index] = as_it_answers(network, bf16, last).to(device).eval().requires_grad_(False) if whole \
+                else network
         # DeepSpeed exchanges the data of parameters, which inference mode forbids, and chooses streams of its own.
         self.whole = all(isinstance(network, Network) for network in networks.values())
         # On a GPU teachers have a stream of their own, beside what the same rank trains. Images come from the host and
@@ -138,9 +142,32 @@ def _rows(images: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
     return images[to_device(torch.from_numpy(rows), images.device)]
 
 
-def in_dtype(network: Network, bf16: bool) -> Network:
-    """The network as it answers: in fp32 as it is, in bf16 channels last, the faster ways for a ResNet on a CPU."""
-    return network.to(torch.bfloat16).use_channels_last() if bf16 else network
+def as_it_answers(network: Network, bf16: bool, channels_last: bool, whole: bool = True) -> Network:
+    """The network in its arithmetic and layout; whole: whether its weights keep a layout that they are given."""
+    network = network.to(torch.bfloat16) if bf16 else network
+    if not (bf16 or channels_last):
+        return network
+    network.use_channels_last(weights=whole)
+    for layer in network.modules() if network.channels_last and not whole else ():
+        if type(layer) is nn.Conv2d:
+            layer.__class__ = LaidOut
+    return network
+
+
+class LaidOut(nn.Conv2d):
+    """A convolution that lays its weights out channels last at each call: kernels, and so last bits, go by that."""
+
+    def _conv_forward(self, images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return super()._conv_forward(images, weight.contiguous(memory_format=torch.channels_last), bias)
+
+
+def images_last(wish: bool | None, device: torch.device) -> bool:
+    """Whether images of fp32 teachers lie channels last; without a wish by the kind of device alone, so that it is the same
+    at every start (tests/bench/RESULTS-kernels-*.md).
+    """
+    if wish is not None:
+        return wish
+    return device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def centred(logits: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ def made_up(arm: str, seed: int, accuracy: float, validation: float, control: bo
                "parameters": 7}
     figures["validation_loss"] = loss
     return {"arm": arm, "title": arm, "control": control, "changes": [], "seed": seed, "test_readings": 1,
-            "test_images": IMAGES, "world_size": 1, "networks": {"mobile": figures, "ensemble": figures},
+            "test_images": IMAGES, "world_size": 1, "micro_batch": 32, "networks": {"mobile": figures, "ensemble": figures},
             "correct": {"mobile": packed(correct), "ensemble": packed(correct)}, "student_flops": 5.0,
             "teachers": {"level0": {"accuracy": accuracy}} if cost else {}, "teacher_flops": cost}
 

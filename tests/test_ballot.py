@@ -79,6 +79,19 @@ def test_all_have_begun_once_a_second_vote_is_known():
         began.append(ballot.all_began)
         ballot.cast(step, Vote())
     assert began.index(True) == 7 and all(began[7:]), "the vote of step 2 is what the permit of step 2 + 3 + 2 depends on"
+    ballot.close()
+    ballot.open(0, 2)
+    assert ballot.all_began, "what was compiled once stays so, however short the epochs are"
+
+
+def test_in_short_epochs_all_have_begun_when_the_first_is_over():
+    ballot = Ballot(None, 4, 1)
+    ballot.open(0, 2)
+    for step in range(2):
+        assert ballot.permit(step) and not ballot.all_began
+        ballot.cast(step, Vote())
+    ballot.close()
+    assert ballot.all_began
 
 
 def test_the_earliest_loss_that_was_not_finite_is_named():

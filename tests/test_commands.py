@@ -1,6 +1,7 @@
 """The commands, from teaching to prediction, and every way of starting them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from ranks import REPOSITORY, free_port, refused, run, students, trace
+from ranks import REPOSITORY, free_port, refused, run, students, teachers, trace
 
 from pkd.predictions import Predictions
 
@@ -145,15 +146,55 @@ def test_an_unfinished_run_is_not_evaluated(tiny, new_run, taught):
     assert json.loads((folder / "summary.json").read_text())["test_images"] == 10
 
 
-def test_a_smoke_run_goes_through_all_phases_and_can_be_gone_on_from(tiny, tmp_path):
+def test_a_smoke_run_goes_through_all_phases_and_can_be_gone_on_from(tiny, taught, tmp_path):
+    """To the same teachers, although it validated where nobody does that goes all the way."""
     folder = tmp_path / "run"
-    run(1, "teach", tiny, "--run-folder", folder, "--steps", 3)
-    assert "3 of 30 steps" in refused(1, "distill", tiny, "--run-folder", folder)
+    run(2, "teach", tiny, "--run-folder", folder, "--steps", 25)
+    assert json.loads((folder / "teachers" / "level0.json").read_text())["steps"] == 25
+    assert "25 of 30 steps" in refused(1, "distill", tiny, "--run-folder", folder)
     run(1, "distill", tiny, "--run-folder", folder, "--steps", 3)
     run(1, "evaluate", folder, "--steps", 5)
-    run(1, "teach", tiny, "--run-folder", folder)
-    assert json.loads((folder / "teachers" / "level0.json").read_text())["steps"] == 30
+    run(2, "teach", tiny, "--run-folder", folder)
+    assert teachers(folder) == teachers(taught)
     assert "other teachers" in refused(1, "distill", tiny, "--run-folder", folder)
+
+
+def test_a_teacher_that_is_lost_or_damaged_is_trained_again_to_the_same(tiny, taught, new_run, tmp_path):
+    folder, _ = new_run("run")
+    shutil.copytree(taught, folder)
+    whole = (folder / "teachers" / "level1-1.safetensors").read_bytes()
+    (folder / "teachers" / "level1-1.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "delete level1-1.json and train it again" in refused(2, "distill", tiny, "--run-folder", folder)
+    (folder / "teachers" / "level1-1.json").unlink()
+    run(2, "teach", tiny, "--run-folder", folder)
+    assert teachers(folder) == teachers(taught)
+
+
+def test_a_finished_run_stays_finished_whatever_becomes_of_another_start(tiny, finished, new_run, tmp_path):
+    folder, teachers_from = new_run("run")
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "checkpoints")
+    kept = {path: path.read_bytes() for path in (folder / "state" / "distill.json", folder / "metrics.jsonl")}
+    words = ("distill", tiny, "--run-folder", folder, teachers_from, "placement.kind=dedicated")
+    assert "cannot be read" in refused(2, *words, f"data.path={tmp_path / 'unmounted.npz'}")
+    assert "finished already" in run(2, *words)[0].out
+    assert all(path.read_bytes() == content for path, content in kept.items()) and students(folder) == students(finished)
+
+
+def test_a_checkpoint_of_another_recipe_is_not_gone_on_with(tiny, new_run):
+    """Though the run folder has forgotten whose it is."""
+    folder, teachers_from = new_run("run")
+    words = ("distill", tiny, "--run-folder", folder, teachers_from)
+    run(1, *words, "--steps", 3)
+    (folder / "run.json").unlink()
+    assert "other settings than the recipe has now" in refused(1, *words, "students.0.lr=0.01")
+
+
+def test_only_ranks_ask_a_launchers_variables(tiny):
+    """Batch scripts export some of them, for srun."""
+    exported = {"MASTER_ADDR": "gpu08-ib", "MASTER_PORT": "29500"}
+    assert "level2-2" in run(1, "plan", tiny, "--world", 2, env=lambda rank: exported)[0].out
+    assert "but not RANK" in refused(1, "teach", tiny, env=lambda rank: exported)
 
 
 def test_one_teacher_can_be_trained_alone_and_is_the_same(tiny, taught, tmp_path):

@@ -218,10 +218,18 @@ X, Y = pictures(8, 4, 4), np.arange(8) % 2
     ({"x_train": X, "y_train": Y, "x_validation": X[:, :3], "y_validation": Y, "x_test": X, "y_test": Y},
      ["those of x_validation (1, 3, 4)", "make them equal"]),
     ({"x": X, "y": Y.astype(object)}, ["without objects"]),
+    ({"x": X, "y": Y, "classes": np.array(["cat", "cat"])}, ["2 classes of the name 'cat'"]),
+    ({"x": X, "y": Y, "classes": np.array([b"cat", b"\xff"])}, ["no UTF-8"]),
     ({"x": X[:5], "y": Y[:5]}, ["class '1' has 2", "at least 3", "add images"])])
 def test_npz_that_cannot_be_used_is_refused(tmp_path, arrays, words):
     np.savez(tmp_path / "set.npz", **arrays)
     refused(words, "npz", tmp_path / "set.npz")
+
+
+def test_class_names_of_an_npz_may_be_bytes(tmp_path):
+    names = np.array(["caf\u00e9".encode(), b"tea"])
+    np.savez(tmp_path / "set.npz", x=pictures(40, 4, 4), y=np.arange(40) % 2, classes=names)
+    assert load("npz", tmp_path / "set.npz").classes == ("caf\u00e9", "tea")
 
 
 def test_folders_and_tables_that_cannot_be_used_are_refused(tmp_path):
@@ -237,13 +245,16 @@ def test_folders_and_tables_that_cannot_be_used_are_refused(tmp_path):
     refused(["data.image_column", "(none)"], "csv", write_table(table, [], ""))
     refused(["row 11", "complete it"], "csv", write_table(table, [*files, "train/cat/000.png,"]))
     refused(["absent.png", "no such file", "mend"], "csv", write_table(table, [*files, "absent.png,a"]))
-    refused(["train/cat/000.png is in 2 rows", "one row"], "csv", write_table(table, [*files, "train/cat/000.png,b"]))
+    for again in ("train/cat/000.png", "./train/../train/cat/000.png", str(table.parent / "train/cat/000.png")):
+        refused(["train/cat/000.png is in 2 rows", "one row"], "csv", write_table(table, [*files, f"{again},b"]))
     with contextlib.suppress(OSError):  # a file system that takes UTF-8 names only
         (tmp_path / "train" / "caf\udce9").mkdir()
         refused(["no UTF-8", "rename it"], "folder", tmp_path)
         (tmp_path / "train" / "caf\udce9").rmdir()
     (tmp_path / "test" / "dgo").mkdir(parents=True)
     refused(["'dgo'", "did you mean 'dog'"], "folder", tmp_path)
+    (tmp_path / "train").rename(tmp_path / "training")
+    refused(["test/ with folders in it", "name the training images' folder train"], "folder", tmp_path)
 
 
 def test_images_of_several_sizes_need_image_size(tmp_path):

@@ -117,13 +117,21 @@ def test_a_card_states_the_arms_of_a_study_where_there_is_one(evaluated, tmp_pat
     found = figures_of([made_up(arm, seed, accuracy, accuracy, control, 2.0) for seed in (0, 1)
                         for arm, accuracy, control in arms], ["top", "composed"])
     write_json(tmp_path / "other" / "study.json", found)
+    mine = json.loads((evaluated / "run.json").read_text())["recipe"]
+    fingerprint = json.loads((evaluated / "students" / "students.json").read_text())["fingerprint"]
+    found |= {"study": {**mine, "seed": 0, "objective": {"kind": "top"}}, "fingerprint": fingerprint}
     write_json(tmp_path / "study" / "study.json", {**found, "recipe": "tiny"})
+    write_json(tmp_path / "data" / "study.json", {**found, "recipe": "tiny", "fingerprint": "another"})
+    longer = {**mine, "distill": {**mine["distill"], "epochs": 99}}
+    write_json(tmp_path / "longer" / "study.json", {**found, "recipe": "tiny", "study": longer})
     run(1, "export", evaluated, "--to", tmp_path / "hub", "--format", "hub", "--study", tmp_path / "study")
     text = huggingface_hub.ModelCard.load(tmp_path / "hub" / "README.md").text
     assert "| composed | composed | 0, 1 | 1.00 | " in text and "composed against top, the best control" in text
     assert "no study.json" in refused(1, "export", evaluated, "--to", tmp_path / "b", "--format", "hub", "--study", tmp_path)
     assert "is of recipe made-up" in refused(1, "export", evaluated, "--to", tmp_path / "b", "--format", "hub", "--study",
                                              tmp_path / "other")
+    for name, word in (("longer", "distill.epochs is 2 in the recipe and 99 there"), ("data", "other images or another")):
+        assert word in refused(1, "export", evaluated, "--to", tmp_path / "b", "--format", "hub", "--study", tmp_path / name)
     assert "is for the model card" in refused(1, "export", evaluated, "--to", tmp_path / "b", "--study", tmp_path)
     assert not (tmp_path / "b").exists()
 

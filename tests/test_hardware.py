@@ -61,3 +61,14 @@ def test_ranks_of_one_gpu_are_not_put_into_one_island():
     assert plan[0] == (top, [0, 2, 3])
     assert all(len(ranks) == 1 for _, ranks in plan[1:])
     assert assign([top], costs, [0, 1, 2, 3], 64) == [(top, [0, 1, 2, 3])], "each on a device of its own"
+
+
+def test_a_teacher_gets_as_many_ranks_whichever_others_are_left_to_train():
+    """What its batch statistics are made of; only who asks for one teacher by its name gives it all ranks."""
+    every = [Teacher(f"t{n}", min(n, 1), (0, 1), Model(name="x")) for n in range(4)]
+    costs = {teacher.name: 1.0 for teacher in every}
+    width = {teacher.name: len(ranks) for teacher, ranks in assign(every, costs, [0, 1, 2, 3], 64)}
+    assert width == {"t0": 4, "t1": 1, "t2": 1, "t3": 1}
+    for left in ([every[3]], every[2:], [every[0]], [every[0], every[3]]):
+        assert all(len(ranks) == width[teacher.name] for teacher, ranks in assign(left, costs, [0, 1, 2, 3], 64))
+    assert assign([every[3]], costs, [0, 1, 2, 3], 64, named=True) == [(every[3], [0, 1, 2, 3])]

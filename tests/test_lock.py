@@ -92,6 +92,21 @@ def test_slurm_is_asked_whether_a_holder_lives(tmp_path, monkeypatch, says, code
         other.kill()
 
 
+def test_a_job_of_another_cluster_is_not_dead_because_this_one_does_not_know_it(tmp_path, monkeypatch):
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(pkd.lock, "PATIENCE", 0.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    with holder(tmp_path / "lock", env={"SLURM_JOB_ID": "7", "SLURM_CLUSTER_NAME": "one"}) as other:
+        monkeypatch.setenv("SLURM_CLUSTER_NAME", "two")
+        with pytest.raises(UserError, match="Slurm job 7"):
+            Lock(tmp_path / "lock", "distill")
+        monkeypatch.setenv("SLURM_CLUSTER_NAME", "one")
+        assert "that job is dead" in Lock(tmp_path / "lock", "distill").remark
+        other.kill()
+
+
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(38, "Function not implemented")

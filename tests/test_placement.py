@@ -122,9 +122,10 @@ def test_a_teacher_in_shards_has_consecutive_ranks_and_no_rank_is_in_two_groups(
     asked = {name: data.draw(st.integers(1, hosts)) for name in data.draw(st.sets(st.sampled_from(sorted(costs))))}
     nodes = tuple(rank // 4 for rank in range(hosts + 1))
     room = data.draw(st.integers(10, 60))
+    slots = int(work_of(recipe(), costs).slots)
     try:
         placement = place(recipe(kind="dedicated", student_ranks=1, shards=asked), hosts + 1, costs, sizes,
-                          Ranks((int(room / USABLE) + 1,) * (hosts + 1), nodes))
+                          Ranks((int((slots + room) / USABLE) + 1,) * (hosts + 1), nodes))
     except UserError:
         return
     groups = {source.group for source in placement.sources if source.group}
@@ -143,14 +144,15 @@ def test_a_teacher_in_shards_has_consecutive_ranks_and_no_rank_is_in_two_groups(
 
 def test_a_teacher_that_no_rank_can_hold_is_sharded_over_the_fewest_that_can_on_one_node():
     costs, sizes = {"top": 2.0, "left": 1.0, "right": 1.0}, {"top": 25, "left": 2, "right": 2}
-    known = Ranks((int(10 / USABLE) + 1,) * 8, (0, 0, 0, 0, 1, 1, 1, 1))
+    slots = int(work_of(recipe(512), costs).slots)
+    known = Ranks((int((slots + 10) / USABLE) + 1,) * 8, (0, 0, 0, 0, 1, 1, 1, 1))
     placement = place(recipe(512, kind="dedicated", student_ranks=2), 8, costs, sizes, known)
     top = next(source for source in placement.sources if "top" in source.teachers)
     assert (top.group, top.rank, top.where) == ((4, 5, 6), 4, "ranks 4-6"), "ranks 2-4 are on two nodes"
     assert placement.shard_group(5) == top and placement.shard_group(3) is None
     assert placement.answers_for(6)[0] == "top"
     asked = place(recipe(512, kind="dedicated", student_ranks=1, shards={"top": 2}), 6, costs, sizes,
-                  Ranks((100,) * 6, (0, 0, 1, 1, 2, 2)))
+                  Ranks((10**6,) * 6, (0, 0, 1, 1, 2, 2)))
     assert next(source.group for source in asked.sources if source.group) == (2, 3), "rank 1 has its node for itself"
 
 
@@ -250,6 +252,10 @@ REFUSED = {
     "shards without ranks": (
         recipe(kind="dedicated", student_ranks=2, shards={"top": 3}), 4, TWO, ["shards.top is 3", "2 rank(s)"]),
     "shards in one process": (recipe(kind="single", shards={"top": 2}), 1, TWO, ["shards.top is 2", "1 rank(s)"]),
+    "co-located shards and groups": (
+        recipe(kind="co-located", student_groups=2, shards={"top": 4}), 4, TWO,
+        ["shards.top is 4", "in 2 groups", "student_groups to 1"]),
+    "groups that leave no rank": (recipe(kind="dedicated", student_groups=2), 2, TWO, ["student_groups is 2", "at most 1"]),
     "shards and replicas": (recipe(kind="dedicated", student_ranks=1, shards={"top": 2}, replicas={"top": 2}), 4, TWO,
                             ["shards.top is 2", "replicas.top is 2"]),
     "shards of other numbers": (recipe(kind="dedicated", student_ranks=1, shards={"top": 2, "left": 3}), 4, TWO,
@@ -261,6 +267,21 @@ REFUSED = {
     "idle teacher ranks": (
         recipe(32, kind="dedicated", student_ranks=1), 6, TWO, ["5 teacher ranks", "batch of 32", "2 of them"]),
 }
+
+
+def test_what_only_the_hardware_or_the_sizes_forbid_is_refused_with_the_plan():
+    def refusal(wish, world, known, **more):
+        with pytest.raises(UserError) as found:
+            placing.place(wish, world, work_of(wish, TWO, {"top": 50, "left": 1}, groups=wish.placement.student_groups or 1,
+                                               window=0, together=0, **more), known)
+        return str(found.value)
+    small, one_gpu = Ranks((100, 30, 30, 30)), Ranks(devices=(0, 0, 0, 0))
+    apart = {"kind": "dedicated", "student_ranks": 1}
+    assert "ranks 0 to 3 train together" in refusal(recipe(kind="co-located"), 4, one_gpu)
+    assert "in 2 shards would lie on ranks that share a GPU" in refusal(recipe(**apart, shards={"top": 2}), 3, one_gpu)
+    assert "replicas.top is 2, but no rank has room" in refusal(recipe(**apart, replicas={"top": 2}), 4, small)
+    assert "top lies in 2 shards, which rebuild" in refusal(recipe(**apart, shards={"top": 2}), 4, small, sent=True)
+    place(recipe(kind="co-located", student_groups=2), 2, TWO, None, Ranks(devices=(0, 0)))  # each an island of its own
 
 
 @pytest.mark.parametrize(("wish", "world", "costs", "words"), REFUSED.values(), ids=REFUSED)

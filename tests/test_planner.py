@@ -17,6 +17,7 @@ from pkd.recipe_file import parse_recipe
 from pkd.schedule import SAMPLES_PER_RANK
 from pkd.simulator import simulate
 from pkd.system import System
+from pkd.wire import choose
 from pkd.workload import Links, StudentWork, lateness
 
 GIB = 2**30
@@ -73,8 +74,13 @@ def test_a_teacher_too_large_for_a_student_rank_gets_one_of_its_own():
     assert place(recipe(64), 2, work, Ranks((20 * GIB,) * 2)).kind == "co-located"
     placement = place(recipe(64), 2, work, Ranks((8 * GIB, 10 * GIB)))
     assert placement.kind == "dedicated" and [source.rank for source in placement.sources] == [1]
-    with pytest.raises(UserError, match=r"does not fit on 2 rank\(s\).* 5\.00 GiB"):
+    with pytest.raises(UserError, match=r"weights need 5\.00 GiB .* 1 rank\(s\) for teachers have room for 3\.\d+ GiB"):
         place(recipe(64), 2, work, Ranks((8 * GIB,) * 2))
+    for wish in (recipe(64), recipe(64, kind="dedicated", student_ranks=1)):  # in two shards it is 6 GiB a rank
+        known = Ranks((8 * GIB,) * 3)
+        placement = place(wish, 3, work, known)
+        assert [source.group for source in placement.sources] == [(1, 2)]
+        assert placement.rank_map().bytes(work, 1).max() <= known.usable(0)
 
 
 def test_ranks_that_a_small_batch_cannot_feed_are_left_out_and_said():
@@ -204,6 +210,19 @@ def test_the_plan_takes_the_exchange_that_the_run_will_take():
     assert [system[name].places for name in system] == [0, 4, 4, 0]
     assert system["many"].inbound() == pytest.approx(system["as ever"].inbound() / 4)
     assert system["many"].outbound().max() < system["as ever"].outbound().max()
+
+
+@settings(max_examples=60, deadline=None)
+@given(width=st.integers(1, 4000), students=st.integers(1, 40), hosts=st.integers(1, 6), shards=st.booleans(),
+       share=st.floats(0.01, 1.0))
+def test_the_plan_and_the_run_choose_the_same_exchange(width, students, hosts, shards, share):
+    """Whatever part of the samples teachers are asked about, and whether they are whole or in shards."""
+    wish = recipe(256 * students, kind="dedicated", student_ranks=students, **{"shards": {"top": hosts}} if shards else {})
+    work = work_of(wish, {"top": 1.0})
+    work = replace(work, teachers={"top": replace(work.teachers["top"], width=width, rows=share * work.batch)})
+    placement = place(wish, students + hosts, work)
+    system = placement.rank_map().system(work, 1, Ranks())
+    assert bool(system.places) == (choose("auto", placement, width * work.batch)[0] == "direct")
 
 
 def test_views_that_are_sent_cost_links_and_not_decoding():

@@ -11,7 +11,7 @@ import torch
 import yaml
 from workloads import work_of
 
-from pkd.ds_config import arithmetic, check_compiler, load_ds_config, precision, stage
+from pkd.ds_config import arithmetic, check_clip, check_compiler, engine_config, load_ds_config, precision, stage
 from pkd.errors import UserError
 from pkd.objective import asked, constants
 from pkd.placement import place
@@ -171,7 +171,7 @@ FREE = (
     "timeouts.step=1", "timeouts.group=1", "threads=4", "trace=true", "checkpoint_minutes=1", "compare_views=false",
     "teachers_from=runs/other", "data.download=true", "exchange=direct", "teacher_views=sent", "soft_targets=auto",
     "deepspeed.shards=teacher-zero3-offload", "placement.shards={level0: 2}", "placement.student_groups=2",
-    "tracker=wandb",
+    "tracker=wandb", "teachers.forward_channels_last=true",
 )
 IDENTITY = (
     "seed=1", "data.name=cifar10", "data.seed=1", "data.validation=0.2", "data.test=0.2",
@@ -197,8 +197,9 @@ def test_a_free_key_changes_the_recipe_and_not_its_identity(override):
 
 def test_every_free_key_is_tried():
     tried = {tuple(override.split("=")[0].split(".")) for override in FREE}
-    free = {(key,) for key in Recipe.FREE} | {("data", key) for key in type(parse_recipe(FULL).data).FREE}
-    assert free == {path if path[0] == "data" else path[:1] for path in tried}
+    full, inner = parse_recipe(FULL), ("data", "teachers")
+    free = {(key,) for key in Recipe.FREE} | {(name, key) for name in inner for key in type(getattr(full, name)).FREE}
+    assert free == {path if path[0] in inner else path[:1] for path in tried}
 
 
 @pytest.mark.parametrize("override", IDENTITY)
@@ -237,6 +238,10 @@ def test_every_shipped_deepspeed_configuration_is_what_its_name_says(path):
     ('{"optimizer": {"type": "Adam"}}', ["sets optimizer"]), ('{"train_batch_size": 4}', ["sets train_batch_size"]),
     ('{"torch_autocast": {"enabled": true, "dtype": "float16"}}', ["torch_autocast", "'float16'", "bfloat16"]),
     ('{"bf16": {"enabled": true}, "torch_autocast": {"enabled": true}}', ["bf16 and torch_autocast"]),
+    ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}', ["reduce_bucket_size", "'auto'", "leave it out"]),
+    ('{"zero_optimization": {"stage": 3, "sub_group_size": 0}}', ["sub_group_size", "above 0"]),
+    ('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}',
+     ["grad_accum_dtype", "remove it"]),
     ('{"bf16": true}', ["bf16 must be an object"]), ("[]", ["JSON object"]), ("{", ["read as JSON"]),
     ('{"steps_per_print": ' + "9" * 5000 + "}", ["read as JSON"]), ("[" * 200000, ["read as JSON"]),
 ], ids=lambda value: value[:40] if isinstance(value, str) else None)
@@ -245,6 +250,15 @@ def test_a_deepspeed_configuration_that_pkd_cannot_keep_is_refused(tmp_path, tex
     path.write_text(text, encoding="utf-8")
     message = refusal(lambda: load_ds_config(str(path)))
     assert message is not None and all(word in message for word in words)
+
+
+def test_parts_of_a_network_are_not_clipped_each_by_itself():
+    config = {"zero_optimization": {"stage": 3, "sub_group_size": 1000}}
+    for clipped, elements in ((False, 5000), (True, 1000)):
+        check_clip(config, clipped, elements)
+    assert "sub_group_size is 1000, fewer than the 5000" in refusal(lambda: check_clip(config, True, 5000))
+    check_clip({"zero_optimization": {"stage": 3}}, True, 5000)
+    assert engine_config({"zero_optimization": {"stage": 3}}, 2, 1, 3 * 10**9)["zero_optimization"]["sub_group_size"] == 3e9
 
 
 def test_compiling_is_refused_where_there_is_no_compiler(monkeypatch):

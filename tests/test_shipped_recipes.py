@@ -95,6 +95,29 @@ def test_a_recipe_can_be_planned_where_its_data_is(name):
     assert len(plan(recipe, 4, Console(quiet=True))["ranks"]) == 4
 
 
+def test_the_recipes_of_the_paper_have_its_published_constants():
+    """As its two scripts have them: the fourth student of chest x-rays decays ten times as fast as the one like it."""
+    cifar, nih = load_recipe("cifar100-paper"), load_recipe("nih-chest-xray")
+    assert [(level.model.name, level.teachers) for level in cifar.pyramid] == [("resnet101", 1), ("resnet50", 2),
+                                                                                ("resnet18", 4)]
+    assert [(level.model.name, len(level.classes or [0])) for level in nih.pyramid] == [("resnet101", 1), ("resnet50", 2)]
+    students = ["mobilenet_v2", "shufflenet_v2_x1_0"] * 2
+    for recipe, lr, decay, batch, seed in ((cifar, [0.06, 0.08] * 2, [2e-4] * 4, 32, 40),
+                                           (nih, [0.06, 0.006] * 2, [5e-4] * 3 + [2.5e-3], 16, 42)):
+        assert [student.model.name for student in recipe.students] == students
+        assert [student.lr for student in recipe.students] == lr
+        assert [student.weight_decay for student in recipe.students] == decay
+        assert {(student.momentum, student.schedule, student.patience) for student in recipe.students} == {
+            (0.9, "plateau", 3)}
+        assert (recipe.distill.batch, recipe.distill.epochs, recipe.data.seed) == (batch, 500, seed)
+        assert (recipe.objective.kind, recipe.objective.temperature) == ("paper", 20)
+        assert not any((recipe.objective.routes, recipe.objective.denominator)), "the kind's own, which are the paper's"
+        assert recipe.views.different == 1, "no augmentation"
+    assert cifar.objective.weights == (0.6, 0.6, 1.0) and cifar.objective.ensemble == (0.2, 0.8) * 2
+    assert nih.objective.weights == (0.4, 0.6) and nih.objective.ensemble == (0.2, 0.6) * 2
+    assert {student.model.input_size for student in cifar.students} == {120} and nih.data.image_size == 224
+
+
 def test_the_recipe_of_chest_x_rays_reads_the_table_that_its_head_makes(tmp_path):
     rows = ["Image Index,Finding Labels,Follow-up #,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],"]
     for number, finding in enumerate([*FINDINGS * 6, "Hernia|Mass"]):

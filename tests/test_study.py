@@ -15,9 +15,10 @@ from ranks import Ranks, refused, run, teachers, wait_for_step
 from pkd.cli import parse
 from pkd.console import Console
 from pkd.errors import UserError
+from pkd.files import write_json
 from pkd.lock import Lock
 from pkd.study.command import Study, seeds
-from pkd.study.results import packed, right
+from pkd.study.results import go_on_counting, keep_readings, packed, readings, right
 from pkd.study.table import arms_table, differences_table, remarks
 
 
@@ -66,33 +67,46 @@ def test_an_unfinished_study_compares_the_seeds_that_both_arms_have():
     results = [made_up("top", 0, 0.8, 0.8, True), made_up("peers", 0, 0.8, 0.9, True), made_up("top", 1, 0.8, 0.8, True)]
     found = figures_of(results, ["top", "peers", "composed"])
     assert not found["complete"] and found["missing"] == ["peers-seed-1", "composed-seed-0", "composed-seed-1"]
-    assert found["best_control"] == "peers", "on the seed that both controls have"
-    assert {(one["arm"], one["against"], one["seeds"], one["difference"]) for one in found["differences"]} == {
-        ("peers", "top", 1, 0), ("top", "peers", 1, 0)}
+    assert found["best_control"] == "top" and found["chosen_on"] == [0, 1], "peers may be better, but has one seed of two"
+    assert [(one["arm"], one["against"], one["seeds"], one["difference"]) for one in found["differences"]] == [
+        ("peers", "top", 1, 0)] * 2
     assert found["arms"]["peers"]["networks"]["mobile"]["accuracy"][1] is None
     said = "\n".join(remarks(found))
     assert "single seed" in said and "composed-seed-1" in said and "read 3 times" in said
-    assert arms_table(found).row_count == 2 and differences_table(found).row_count == 2
+    assert arms_table(found).row_count == 2 and differences_table(found).row_count == 1
 
 
-def test_a_control_that_lacks_seeds_may_be_the_best_but_nothing_decides_then():
-    """Screened with one seed, confirmed with three: a strong control is not forgotten because it was screened only."""
-    results = [made_up("peers", 0, 0.9, 0.9, True, 2.0)]
-    results += [made_up("top", seed, 0.8, 0.8, True) for seed in range(3)]
-    results += [made_up("composed", seed, 0.85, 0.85) for seed in range(3)]
-    found = figures_of(results, ["top", "composed"], (0, 1, 2))
-    assert found["best_control"] == "peers" and not any(one["decides"] for one in found["differences"])
-    assert any("peers lacks seeds" in text and "--seeds 1,2," in text for text in remarks(found))
-    results += [made_up("peers", seed, 0.9, 0.9, True, 2.0) for seed in (1, 2)]
-    found = figures_of(results, ["top", "composed"], (0, 1, 2))
-    assert [(one["arm"], one["against"]) for one in found["differences"] if one["decides"]] == [("composed", "peers")]
+@pytest.mark.parametrize("arm", ["peers", "paper"])
+def test_an_arm_that_was_screened_only_blocks_the_verdict_if_it_was_better_and_is_left_behind_if_not(arm):
+    """Screened with one seed, confirmed with three: no choice rests on a single seed."""
+    control, arms = arm == "peers", ["top", "top-long", "composed"]
+    confirmed = [made_up("top", seed, 0.8, 0.8, True) for seed in range(3)]
+    confirmed += [made_up("top-long", seed, 0.8, 0.79 + 0.02 * (seed == 0), True, 2.0) for seed in range(3)]
+    confirmed += [made_up("composed", seed, 0.95, 0.85, cost=2.0) for seed in range(3)]
+    found = figures_of([*confirmed, made_up(arm, 0, 0.9, 0.9, control, 2.0)], arms, (0, 1, 2))
+    assert (found["best_control"], found["challenger"], found["chosen_on"]) == ("top", "composed", [0, 1, 2])
+    assert not any(one["decides"] for one in found["differences"])
+    assert any(f"{arm}, better on the seeds that it has, lacks seeds" in text and "--seeds 1,2," in text
+               for text in remarks(found))
+    for many in (1, 3):
+        more = [made_up(arm, seed, 0.9, 0.7, control, 2.0) for seed in range(many)]
+        found = figures_of([*confirmed, *more], arms, (0, 1, 2))
+        assert [(one["arm"], one["against"]) for one in found["differences"] if one["decides"]] == [("composed", "top")]
     assert any("75 % with three" in text for text in remarks(found))
+
+
+def test_a_control_of_the_pyramids_compute_must_have_all_seeds_too():
+    results = [made_up("top", seed, 0.8, 0.8, True) for seed in range(3)]
+    results += [made_up("composed", seed, 0.95, 0.95) for seed in range(3)] + [made_up("peers", 0, 0.7, 0.7, True, 2.0)]
+    found = figures_of(results, ["top", "composed"], (0, 1, 2))
+    assert not any(one["decides"] for one in found["differences"])
+    assert any("no control that has all seeds asked for had the compute" in text for text in remarks(found))
 
 
 @pytest.mark.parametrize("arms, seeds, reason", [
     ({"peers": 2.0}, 2, None),
     ({"peers": 2.0, "top-long": None}, 2, "top-long may be better and have no seed"),
-    ({"top": 1.0}, 2, "no control had the compute of the pyramid"),
+    ({"top": 1.0}, 2, "had the compute of the pyramid"),
     ({"peers": 2.0}, 1, "composed, the best of the arms that are no controls, has a single seed"),
     ({"peers": 2.0}, 1, "composed lacks seeds that are asked for: run it with --seeds 1,"),
 ])
@@ -212,6 +226,23 @@ def test_results_outlive_keys_that_recipes_get_later(studied, tiny, tmp_path):
     assert "no result yet" in refused(1, *words(tiny, tmp_path / "other"), "--table")
 
 
+def test_readings_of_the_test_split_are_counted_over_runs_that_were_deleted(tmp_path):
+    for seed, (kept, now) in enumerate([(None, None), (None, 2), (3, None), (3, 1), (3, 4)]):
+        for path, count in ((f"readings/top-seed-{seed}.json", kept), (f"runs/top-seed-{seed}/test-readings.json", now)):
+            if count:
+                write_json(tmp_path / path, {"test_readings": count})
+        most = max(kept or 0, now or 0)
+        assert readings(tmp_path, "top", seed) == most
+        go_on_counting(tmp_path, "top", seed)
+        keep_readings(tmp_path, "top", seed)
+        if most:
+            assert json.loads((tmp_path / "readings" / f"top-seed-{seed}.json").read_text())["test_readings"] == most
+            assert json.loads((tmp_path / "runs" / f"top-seed-{seed}" / "test-readings.json").read_text()) == {
+                "test_readings": now or kept}, "a run that is there counts for itself"
+        else:
+            assert not list(tmp_path.iterdir())
+
+
 def test_an_arm_of_ones_own_without_specialists_is_a_control(tiny, tmp_path):
     own = {"soft": "objective.temperature=2", "two": "pyramid=[{teachers: 1, model: pkd_resnet_s}, {teachers: 1, model: "
            "pkd_resnet_s}] objective={kind: composed}", "half": "pyramid.2.classes=[[0, 1]] objective={kind: paper}",
@@ -249,6 +280,7 @@ def test_mistakes_end_a_study_before_anything_is_started(tiny, taught, tmp_path)
     assert "--on here runs one process" in refusal(*mine, "--ranks-per-node", 2)
     assert "you asked for 9" in refusal(*mine, "--on", "torchrun", "--ranks-per-node", 9)
     assert "names a seed twice" in refusal(*mine, "--seeds", "1,1")
+    assert "--only-seed is 3, but --seeds asks for 0, 1" in refusal(*mine, "--seeds", "2", "--only-seed", 3)
     assert not folder.exists()
     lock = Lock(folder / "locks" / "seed-0", "study")
     assert "seed 0 of study" in refused(1, *mine, "--arms", "alone")
@@ -257,12 +289,13 @@ def test_mistakes_end_a_study_before_anything_is_started(tiny, taught, tmp_path)
 
 
 def test_an_arm_that_is_refused_does_not_keep_the_others_waiting(tiny, tmp_path):
-    ended = Ranks(1, "study", tiny, "distill.epochs=1", "--arms", "bad,fine", "--seeds", "7,", "--study-folder", tmp_path,
-                  "--arm", "bad=objective={kind: alone, ensemble: [1.0e+30, 1.0e+30]}",
+    ended = Ranks(1, "study", tiny, "distill.epochs=1", "--arms", "bad,fine", "--seeds", "7,8", "--only-seed", 7,
+                  "--study-folder", tmp_path, "--arm", "bad=objective={kind: alone, ensemble: [1.0e+30, 1.0e+30]}",
                   "--arm", "fine=objective={kind: alone, ensemble: [0.1, 0.1]}").wait()[0]
     assert ended.code == 2 and "bad-seed-7 ended as said above" in ended.err and "was not finite" in ended.err, ended
     assert [path.name for path in tmp_path.glob("results/*")] == ["fine-seed-7.json"]
-    assert json.loads((tmp_path / "study.json").read_text())["missing"] == ["bad-seed-7"]
+    found = json.loads((tmp_path / "study.json").read_text())
+    assert found["missing"] == ["bad-seed-7", "bad-seed-8", "fine-seed-8"] and found["asked"] == [7, 8]
 
 
 def test_a_study_on_slurm_is_an_array_over_seeds_and_a_table(tiny, tmp_path):

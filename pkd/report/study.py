@@ -11,7 +11,7 @@ from pkd.report.page import Page, Section, Table
 from pkd.report.study_facts import ENSEMBLE, Study, has_interval, interval, points, spread
 from pkd.report.study_plots import compute, forest
 from pkd.report.style import Plot, counted, percent, short
-from pkd.study.table import coverage
+from pkd.study.table import coverage, unequal
 
 
 def page_of(path: Path) -> Page:
@@ -41,22 +41,21 @@ def _notes(study: Study) -> list[str]:
     if not tree["complete"]:
         some = ", ".join(tree["missing"][:8]) + f" and {len(tree['missing']) - 8} more" * (len(tree["missing"]) > 8)
         notes.append(f"The study is not complete ({counted(study.runs, 'run')} done); not finished: {some}.")
-    notes += [text[0].upper() + text[1:] + "." for text in (*tree["undecided"], *coverage(tree))]
+    notes += [text[0].upper() + text[1:] + "." for text in (*tree["undecided"], *coverage(tree), *unequal(tree))]
     if tree["dearer"]:
         notes.append(f"Teachers of {', '.join(tree['dearer'])} cost more than the pyramid, for which the controls are not "
                      "made: such an arm decides nothing.")
-    if len(tree["world_sizes"]) > 1:
-        notes.append(f"Arms ran on different numbers of ranks ({', '.join(map(str, tree['world_sizes']))}), so that their "
-                     "students' batch statistics differ too.")
     return notes
 
 
 def _cards(study: Study) -> list[tuple[str, str]]:
-    measured, cards = study.measured, []
+    cards, asked = [], set(study.tree["asked"])
+    measured = {name: arm for name, arm in study.measured.items()
+                if asked <= set(arm["seeds"]) and name not in study.tree["dearer"]}
     if measured and study.tree["complete"]:  # else over different seeds
         best = max(measured, key=lambda name: measured[name]["networks"][ENSEMBLE]["validation_accuracy"][0])
         cards.append((percent(study.accuracy(best)), f"ensemble of the arm that is best by validation: {best}"))
-    if study.control in measured:
+    if study.control in study.measured:
         cards.append((percent(study.accuracy(study.control)),
                       f"best control, chosen by validation: {study.control}"))
     for one in study.judged:

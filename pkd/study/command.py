@@ -22,9 +22,9 @@ from pkd.run_folder import RunFolder
 from pkd.shipped import shipped_file
 from pkd.study.arms import Arm, built_in, choose, fitting_shards, is_control, own_arm, pyramid_flops, refuse_unequal
 from pkd.study.figures import aggregate
-from pkd.study.results import make_result, read_results, refuse_other, result_path
+from pkd.study.results import go_on_counting, keep_readings, make_result, read_results, refuse_other, result_path
 from pkd.study.table import arms_table, differences_table, remarks
-from pkd.study.teachers import folder_name, hand_on, teacher_words
+from pkd.study.teachers import archived, folder_name, hand_on, teacher_words
 
 MOST = 100  # seeds
 REFUSED = 2  # the exit code of what the user must mend
@@ -53,6 +53,9 @@ class Study:
             raise UserError(f"teachers_from is {self.base.teachers_from}, but every seed of a study trains a pyramid of its "
                             "own: leave it out")
         self.seeds = seeds(arguments.seeds, self.base.seed)
+        if arguments.only_seed is not None and arguments.only_seed not in self.seeds:
+            raise UserError(f"--only-seed is {arguments.only_seed}, but --seeds asks for {', '.join(map(str, self.seeds))}: "
+                            "name one of these")
         self.folder = arguments.study_folder or Path("studies") / self.base.name
         self.ranks = world_of(self.way, arguments.nodes, arguments.ranks_per_node)
         quick = self.base.data.model_copy(update={"cache_gib": 0.0})  # no image is looked at here
@@ -100,6 +103,8 @@ class Study:
         wanted = self.seeds
         if self.way.startswith("srun") and "SLURM_ARRAY_TASK_ID" in os.environ:
             wanted = [_of_this_element(self.seeds)]
+        elif self.arguments.only_seed is not None:
+            wanted = [self.arguments.only_seed]
         elif self.arguments.dry_run:
             wanted = self.seeds[:1]  # the others are alike
         ended: dict[str, int] = {}  # name -> exit code of what did not come to its end
@@ -129,6 +134,8 @@ class Study:
         """One arm with one seed, from its teachers to its result; an exit code where it did not come to its end."""
         began, dry = time.time(), self.arguments.dry_run
         orders = self._orders(trial)
+        if not dry:
+            go_on_counting(self.folder, trial.arm.name, trial.recipe.seed)
         for order in orders:
             if dry and order.run in self.shown:
                 continue
@@ -143,6 +150,8 @@ class Study:
                 if copied:
                     self.console.say(f"teachers of another folder of the study are used: {', '.join(copied)}")
             code = run_phases(order, self.console, dry)
+            if not dry:
+                keep_readings(self.folder, trial.arm.name, trial.recipe.seed)
             if code or (not dry and not all(is_done(order, phase) for phase in order.phases)):
                 return code
         if not dry:
@@ -157,10 +166,9 @@ class Study:
         if trial.recipe.objective.kind != "alone":
             shared = teacher_words(trial.recipe, trial.words)
             recipe = load_recipe(shared[0], shared[1:])
-            archived = bool(recipe.views.different)
-            place = self.folder / "teachers" / folder_name(recipe)
-            out.append(Order(recipe, shared, place, self.way, self.ranks, ("teach", *["archive"] * archived), None))
-            words = [*words, f"teachers_from={json.dumps(str(place))}", *["soft_targets=archive"] * archived]
+            place, read = self.folder / "teachers" / folder_name(recipe), archived(recipe)
+            out.append(Order(recipe, shared, place, self.way, self.ranks, ("teach", *["archive"] * read), None))
+            words = [*words, f"teachers_from={json.dumps(str(place))}", *["soft_targets=archive"] * read]
         recipe = load_recipe(words[0], words[1:])
         return [*out, Order(recipe, words, run, self.way, self.ranks, ("distill", "evaluate"), None)]
 

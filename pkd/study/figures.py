@@ -17,9 +17,8 @@ def aggregate(name: str, results: list[dict], order: list[str], seeds: list[int]
               classes: int) -> dict:
     """order: the study's arms, seeds: its seeds; other arms that have results come after them.
 
-    The best control and the challenger, the best of the other arms, are those whose ensembles have the highest mean
-    validation accuracy, and of equal ones the lowest validation loss, among arms whose teachers cost no more than the
-    pyramid's. The difference between these two decides, unless _undecided() knows why not.
+    The best control and the challenger, the best of the other arms, are chosen by _best() among arms whose teachers cost no
+    more than the pyramid's. The difference between these two decides, unless _undecided() knows why not.
     """
     by_arm: dict[str, dict[int, dict]] = {arm: {} for arm in order}
     for result in results:
@@ -27,30 +26,32 @@ def aggregate(name: str, results: list[dict], order: list[str], seeds: list[int]
     arms = {arm: _arm(own) for arm, own in by_arm.items() if own}
     most = LONGER * pyramid_flops
     fair = [arm for arm in arms if arms[arm]["teacher_flops"] <= most]
-    (best, chosen_on), (challenger, _) = (_best({arm: by_arm[arm] for arm in fair if arms[arm]["control"] == control})
-                                          for control in (True, False))
-    equal = any(arms[arm]["control"] and arms[arm]["teacher_flops"] * LONGER >= pyramid_flops for arm in fair)
-    undecided = _undecided(by_arm, order, seeds, best, challenger, equal)
+    (best, chosen_on, rivals), (challenger, _, others) = (
+        _best({arm: by_arm[arm] for arm in fair if arms[arm]["control"] == control}, seeds) for control in (True, False))
+    equal = any(arms[arm]["control"] and arms[arm]["teacher_flops"] * LONGER >= pyramid_flops
+                and set(seeds) <= set(by_arm[arm]) for arm in fair)
+    undecided = _undecided(by_arm, order, seeds, (best, challenger), rivals + others, equal)
     verdict = None if undecided else (challenger, best)
     differences = [difference for arm in arms for against in dict.fromkeys(a for a in (YARDSTICK, best) if a in arms)
                    if against != arm
                    for difference in _differences(by_arm, arm, against, (arm, against) == verdict)]
     return {
         "recipe": name, "written": time.time(), "classes": classes,
-        "test_images": results[0]["test_images"] if results else None,
+        **{key: results[0].get(key) if results else None for key in ("study", "fingerprint", "test_images")},
         "seeds": sorted({result["seed"] for result in results}), "asked": list(seeds),
         "test_readings": sum(result["test_readings"] for result in results),
         "complete": all(seed in by_arm[arm] for arm in order for seed in seeds),
         "missing": [f"{arm}-seed-{seed}" for arm in order for seed in seeds if seed not in by_arm[arm]],
-        "world_sizes": sorted({result["world_size"] for result in results}), "pyramid_flops": pyramid_flops,
+        "world_sizes": sorted({result["world_size"] for result in results}),
+        "micro_batches": sorted({result["micro_batch"] for result in results}), "pyramid_flops": pyramid_flops,
         "arms": arms, "best_control": best, "chosen_on": chosen_on, "challenger": challenger, "undecided": undecided,
         "dearer": [arm for arm in arms if arms[arm]["teacher_flops"] > most], "differences": differences}
 
 
-def _undecided(by_arm: dict[str, dict[int, dict]], order: list[str], seeds: list[int], best: str | None,
-               challenger: str | None, equal: bool) -> list[str]:
+def _undecided(by_arm: dict[str, dict[int, dict]], order: list[str], seeds: list[int], two: tuple[str | None, str | None],
+               rivals: list[str], equal: bool) -> list[str]:
     """Why the difference between the best control and the challenger decides nothing yet, a sentence each."""
-    out = []
+    out, (best, challenger) = [], two
     waiting = [arm for arm in order if not by_arm[arm]]
     if waiting:
         out.append(f"nothing decides yet, for {', '.join(waiting)} may be better and have no seed: wait for them, or leave "
@@ -58,14 +59,16 @@ def _undecided(by_arm: dict[str, dict[int, dict]], order: list[str], seeds: list
     if not (best and challenger):
         return out
     if not equal:
-        out.append("nothing decides, for no control had the compute of the pyramid: take peers or top-long into the study")
+        out.append("nothing decides, for no control that has all seeds asked for had the compute of the pyramid: take peers "
+                   "or top-long into the study")
     if len(by_arm[challenger]) < 2:
         out.append(f"nothing decides yet, for {challenger}, the best of the arms that are no controls, has a single seed: "
                    "run it and the best control with more --seeds")
-    for arm in (best, challenger):
+    for arm in (best, challenger, *rivals):
         lacks = sorted({*seeds, *by_arm[challenger]} - set(by_arm[arm]))
         if lacks:
-            out.append(f"nothing decides yet, for {arm} lacks seeds that are asked for: run it with --seeds "
+            why = ", better on the seeds that it has," * (arm in rivals)
+            out.append(f"nothing decides yet, for {arm}{why} lacks seeds that are asked for: run it with --seeds "
                        f"{','.join(map(str, lacks))},")
     return out
 
@@ -87,15 +90,24 @@ def _arm(own: dict[int, dict]) -> dict:
             "teachers": {name: mean_sd(values)[0] for name, values in teachers.items()}}
 
 
-def _best(arms: dict[str, dict[int, dict]]) -> tuple[str | None, list[int]]:
-    """By validation on the seeds that all of them have, which are given back; without one on those that each has."""
-    shared = set.intersection(*map(set, arms.values())) if arms else set()
+def _best(arms: dict[str, dict[int, dict]], asked: list[int]) -> tuple[str | None, list[int], list[str]]:
+    """The arm of the highest mean validation accuracy of its ensemble, of equal ones that of the lowest validation loss; the
+    seeds by which it was chosen; arms that lack seeds, but were better on those that they have.
 
-    def validated(arm: str) -> tuple[float, float]:
-        figures = [arms[arm][seed]["networks"][ENSEMBLE] for seed in shared or arms[arm]]
+    Only arms with all seeds that are asked for are chosen from, unless there is none; then from all, on the seeds that all
+    of them have, and without one on those that each has.
+    """
+    def validated(arm: str, seeds: set[int]) -> tuple[float, float]:
+        figures = [arms[arm][seed]["networks"][ENSEMBLE] for seed in sorted(seeds or arms[arm])]
         return (float(np.mean([own["validation_accuracy"] for own in figures])),
                 -float(np.mean([own["validation_loss"] for own in figures])))
-    return max(arms, default=None, key=validated), sorted(shared)
+    whole = {arm: own for arm, own in arms.items() if set(asked) <= set(own)}
+    of = whole or arms
+    shared = set(asked) if whole else set.intersection(*map(set, of.values())) if of else set()
+    best = max(of, default=None, key=lambda arm: validated(arm, shared))
+    rivals = [arm for arm in arms if arm not in of
+              and (both := set(arms[arm]) & set(arms[best])) and validated(arm, both) > validated(best, both)]
+    return best, sorted(shared), rivals
 
 
 def _differences(by_arm: dict[str, dict[int, dict]], arm: str, against: str, decides: bool) -> list[dict]:

@@ -7,7 +7,8 @@ import numpy as np
 
 from pkd.data import DataSet
 from pkd.errors import UserError
-from pkd.files import read_json
+from pkd.evaluate import COUNT
+from pkd.files import read_json, write_json
 from pkd.predictions import Predictions
 from pkd.recipe import Recipe
 from pkd.recipe_file import difference, identity, parse_recipe
@@ -41,13 +42,43 @@ def make_result(run: Path, study: dict, arm: Arm, recipe: Recipe, data: DataSet,
         "arm": arm.name, "title": arm.title, "control": arm.control, "changes": list(arm.changes), "seed": recipe.seed,
         "recipe": asked, "study": study, "fingerprint": data.fingerprint,
         "test_readings": summary["test_readings"], "test_images": summary["test_images"],
-        "world_size": summary["world_size"],
+        "world_size": summary["world_size"], "micro_batch": micro_batch(recipe, summary["placement"]),
         "networks": {name: {key: own[key] for key in FIGURES} for name, own in networks.items()},
         "correct": {name: packed(right.numpy()) for name, right in zip(said.names, said.correct)},
         "teachers": teachers, "teacher_flops": flops,
         "student_flops": student_flops(recipe, (len(data.classes), *view), len(data.splits["train"])),
         "seconds": {"distill": summary["wall_seconds"], "this_start": seconds},
     }
+
+
+def readings(folder: Path, arm: str, seed: int) -> int:
+    """How often the test split was read for an arm and seed, by runs that were deleted since, too."""
+    files = _kept_readings(folder, arm, seed), folder / "runs" / f"{arm}-seed-{seed}" / COUNT
+    return max((read_json(file)["test_readings"] for file in files if file.exists()), default=0)
+
+
+def keep_readings(folder: Path, arm: str, seed: int) -> None:
+    """Write down what readings() says, so that it outlives the run."""
+    count, kept = readings(folder, arm, seed), _kept_readings(folder, arm, seed)
+    if count and not (kept.exists() and read_json(kept)["test_readings"] == count):
+        write_json(kept, {"test_readings": count})
+
+
+def go_on_counting(folder: Path, arm: str, seed: int) -> None:
+    """A new run counts on from those before it."""
+    count, path = readings(folder, arm, seed), folder / "runs" / f"{arm}-seed-{seed}" / COUNT
+    if count and not path.exists():
+        write_json(path, {"test_readings": count})
+
+
+def _kept_readings(folder: Path, arm: str, seed: int) -> Path:
+    return folder / "readings" / f"{arm}-seed-{seed}.json"
+
+
+def micro_batch(recipe: Recipe, placement: dict) -> int:
+    """Samples of which a student's batch statistics are made, at most."""
+    ranks = placement["student_ranks"] // placement["groups"]
+    return -(-recipe.distill.batch // (ranks * placement["accumulation"]))
 
 
 def read_results(folder: Path, study: dict, fingerprint: str) -> list[dict]:
@@ -70,6 +101,8 @@ def read_results(folder: Path, study: dict, fingerprint: str) -> list[dict]:
             raise UserError(f"{path} belongs to a study of another recipe than this one: "
                             f"{difference(study, as_of_now(mine))}; give another --study-folder, undo the change, or delete "
                             "what is in that folder")
+        found["test_readings"] = max(found["test_readings"], readings(folder, found["arm"], found["seed"]))
+        found.setdefault("micro_batch", mine["distill"]["batch"] // found["world_size"])  # as all were that did not tell
         if data != fingerprint:
             raise UserError(f"{path} was measured on other images or another split than the data that are here: give "
                             "another --study-folder, or restore the data")
@@ -91,7 +124,7 @@ def as_of_now(stored: dict) -> dict:
     tree = {key: value for key, value in stored.items() if key != "dtypes"}
     try:
         return {**identity(parse_recipe({**tree, "name": "stored"})), "dtypes": stored["dtypes"]}
-    except UserError:  # of keys that there are no more
+    except (UserError, KeyError):  # of keys that there are no more, or none of a recipe
         return stored
 
 

@@ -49,9 +49,7 @@ def remarks(study: dict) -> list[str]:
                    + (f"; the best of the others, and the one that may decide against it: {study['challenger']}"
                       if study["challenger"] else ""))
     out += study["undecided"] + coverage(study)
-    if len(study["world_sizes"]) > 1:
-        out.append(f"arms ran on different numbers of ranks ({', '.join(map(str, study['world_sizes']))}), so that their "
-                   "students' batch statistics differ in more than the arm")
+    out += unequal(study)
     if study["dearer"]:
         out.append(f"teachers of {', '.join(study['dearer'])} cost more than the pyramid, for which the controls are not "
                    "made: such an arm decides nothing")
@@ -64,6 +62,14 @@ def remarks(study: dict) -> list[str]:
                + f", the students' {students} in every arm" * bool(students)
                + "; ECE (calibration error) and NLL (loss) are the ensemble's")
     return [*out, f"the test split was read {study['test_readings']} times in all"]
+
+
+def unequal(study: dict) -> list[str]:
+    """Whether students of different arms or seeds saw batches of different sizes."""
+    sizes = study["micro_batches"]
+    return [f"students of some arms or seeds saw {' or '.join(map(str, sizes))} samples at once, for they ran on other "
+            "numbers of ranks, in other groups or with other accumulation: their batch statistics differ in more than the "
+            "arm"] * (len(sizes) > 1)
 
 
 def coverage(study: dict) -> list[str]:

@@ -20,11 +20,17 @@ from pkd.run_folder import RunFolder
 STUDENTS = ("students", "objective")  # sections that decide nothing about teachers
 
 
+def archived(recipe: Recipe) -> bool:
+    """Whether an arm's soft targets come from an archive: where views repeat, unless the recipe says online itself."""
+    online = "soft_targets" in recipe.model_fields_set and recipe.soft_targets == "online"
+    return bool(recipe.views.different) and not online
+
+
 def teacher_words(recipe: Recipe, words: list[str]) -> list[str]:
     """The recipe's words without what its teachers and their archive do not depend on, so that arms meet in one folder."""
     kept = [word for word in words[1:] if word.partition("=")[0].split(".")[0] not in STUDENTS]
     asks, fixed = {"kind": "paper"}, constants(recipe, len(recipe.pyramid))
-    if recipe.views.different:  # there is an archive, which depends on who is asked about what
+    if archived(recipe):  # which depends on who is asked about what
         asks = {"kind": fixed.kind} | ({} if fixed.own or fixed.kind != "paper" else {"routes": "all"})
         if recipe.archive.top_k and fixed.kind != "composed":
             asks["temperature"] = fixed.temperature

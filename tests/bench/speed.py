@@ -31,7 +31,7 @@ from pkd.models import build
 from pkd.placement import Placement, outline
 from pkd.recipe import Model
 from pkd.recipe_file import load_recipe
-from pkd.teacher import TeacherHost
+from pkd.teacher import TeacherHost, images_last
 
 HEAD = """\
 Written by `launch/bench.sh --rounds {rounds} --steps {steps}` at commit {commit}: {cores} cores, {processor};
@@ -46,20 +46,21 @@ process, or two ranks of one thread. pkd is placed by auto, the default, which c
 archive: {archive}; online: {online}. In groups, each rank trains some of the students on whole batches, as the published
 loop does; "in one group", which auto may not leave there, both ranks train all four on half of each batch and average their
 gradients. The steady state leaves out that at an epoch's start students wait for the first answers. Our kernels: students
-fp32 and channels last, teachers {kernels}. pkd's teachers answer {answer_steps} steps at once in blocks of {answer_rows}
-rows. "Co-located": both ranks answer for teachers, too, and each trains some of the students.
+fp32, channels last, with pkd.depthwise; teachers {kernels}. pkd's teachers answer {answer_steps} steps at once in
+blocks of {rows} rows. "Co-located": both ranks answer for teachers, too, and each trains some of the students.
 """
 ONE_GROUP = "placement.student_groups=1"
-ANSWERS = {"window": 16, "answer_steps": 16, "answer_rows": 128}
+ANSWERS = {"window": 16, "answer_steps": 16}
+ROWS = 64, 128  # of a block; the first unless the last takes a twentieth less time for as many: it pads more
 AHEAD = ANSWERS["window"] + ANSWERS["answer_steps"]  # steps that teachers may be ahead
 EPOCHS = 4  # of the whole run that is compared with what was reckoned
 PACKAGES = ("torch", "torchvision", "deepspeed", "torchdistill")
 NO_WARM_UP = {"schedule": "constant", "warmup_steps": 0}
 
 
-def recipes(folder: Path, forward: str) -> dict[str, Path]:
+def recipes(folder: Path, forward: str, rows: int) -> dict[str, Path]:
     """The paper's pyramid, objective and students from torchvision, 32 pixels, 100 classes, batch 64; and one teacher with
-    one student. Noise serves as images: nobody's speed depends on them. forward: the teachers' arithmetic.
+    one student. Noise serves as images: nobody's speed depends on them. forward: the teachers' arithmetic; rows: of a block.
     """
     chance = np.random.default_rng(0)
     np.savez(folder / "noise.npz", x_train=chance.integers(0, 256, (4800, 3, 32, 32), dtype=np.uint8),
@@ -67,7 +68,7 @@ def recipes(folder: Path, forward: str) -> dict[str, Path]:
              y_test=np.arange(100) % 100, classes=np.array([f"{c:02}" for c in range(100)]))
     base = {"data": {"name": "npz", "path": str(folder / "noise.npz")}, "views": {}, "compare_views": False,
             "teachers": {"steps": 10, "lr": 1e-4, "batch": 32, "forward": forward}, "distill": {"epochs": 1, "batch": 64},
-            "deepspeed": {"students": "zero0"}, "checkpoint_minutes": 1000, **ANSWERS}
+            "deepspeed": {"students": "zero0"}, "checkpoint_minutes": 1000, **ANSWERS, "answer_rows": rows}
     nets = ("mobilenet_v2", "shufflenet_v2_x1_0")
     students = [{"name": f"{net[:6]}{i}", "model": net, "lr": lr, "momentum": 0.9, "weight_decay": 2e-4, **NO_WARM_UP}
                 for i in (0, 1) for net, lr in zip(nets, (0.06, 0.08))]
@@ -82,7 +83,8 @@ def recipes(folder: Path, forward: str) -> dict[str, Path]:
     # For the comparison of losses: at the paper's rates a rounding error of 5e-6 is one of 1e-2 after two steps.
     slow = [{**student, "lr": student["lr"] / 100} for student in students]
     kinds["paper-slow"] = {**kinds["paper"], "students": slow}
-    kinds["pair-eager"] = {**kinds["pair"], "channels_last": False, "teachers": {**base["teachers"], "forward": "fp32"}}
+    eager = {**base["teachers"], "forward": "fp32", "forward_channels_last": False}
+    kinds["pair-eager"] = {**kinds["pair"], "channels_last": False, "teachers": eager}
     out = {}
     for name, own in kinds.items():
         out[name] = folder / f"{name}.yaml"
@@ -90,20 +92,20 @@ def recipes(folder: Path, forward: str) -> dict[str, Path]:
     return out
 
 
-def seconds_of_forwards() -> dict[str, float]:
-    """Seconds of one thread for a block of rows of each of the three teachers, by their arithmetic."""
-    images, out = torch.zeros(ANSWERS["answer_rows"], 3, 32, 32, dtype=torch.uint8), {}
+def seconds_of_forwards() -> dict[tuple[str, int], float]:
+    """Seconds of one thread for 128 rows of each of the three teachers, by their arithmetic and the rows of a block."""
+    images, out = torch.zeros(ROWS[-1], 3, 32, 32, dtype=torch.uint8), {}
     torch.set_num_threads(1)
-    for forward in ("fp32", "bf16"):
+    for forward, rows in (("fp32", ROWS[0]), ("fp32", ROWS[1]), ("bf16", ROWS[1])):
         nets = [build(Model(name=name), 100, 3, (32, 32)) for name in ("resnet101", "resnet50", "resnet18")]
-        host = TeacherHost(0, dict(enumerate(nets)), None, torch.device("cpu"), forward == "bf16", block=len(images))
+        host = TeacherHost(0, dict(enumerate(nets)), None, torch.device("cpu"), forward == "bf16", block=rows)
         times = []
         for _ in range(4):
             began = time.perf_counter()
             for index in host.networks:
                 host.forward(index, images)
             times.append(time.perf_counter() - began)
-        out[forward] = min(times)
+        out[forward, rows] = min(times)
     return out
 
 
@@ -113,14 +115,16 @@ class Bench:
     def __init__(self, folder: Path, steps: int):
         folder.mkdir(parents=True, exist_ok=True)
         self.seconds = seconds_of_forwards()
-        self.forward = min(self.seconds, key=self.seconds.__getitem__)
-        self.folder, self.steps, self.recipes = folder, steps, recipes(folder, self.forward)
+        self.forward, self.rows = min(self.seconds, key=self.seconds.__getitem__)
+        if self.forward == "fp32" and self.seconds["fp32", ROWS[0]] < 1.05 * self.seconds["fp32", ROWS[1]]:
+            self.rows = ROWS[0]
+        self.folder, self.steps, self.recipes = folder, steps, recipes(folder, self.forward, self.rows)
         self.ours = enough(2 * steps + AHEAD, AHEAD, ANSWERS["answer_steps"])
         self.timed = steady(0, self.ours, AHEAD, ANSWERS["answer_steps"])
         self.commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True,
                                      text=True).stdout.strip()  # what is measured: let nobody edit it meanwhile
         changed = subprocess.run(["git", "diff", "HEAD"], cwd=REPOSITORY, capture_output=True).stdout
-        asked = json.dumps([steps, self.forward, ANSWERS]).encode()
+        asked = json.dumps([steps, self.forward, self.rows, ANSWERS]).encode()
         self.kept = folder / f"rates-{self.commit}-{hashlib.sha256(asked + changed).hexdigest()[:8]}.json"
         self.memory: dict[str, dict[str, int]] = {}  # program -> role -> peak bytes of the largest rank
         self.holds: dict[str, dict[str, list[list[str]]]] = {}  # program -> role -> rank -> its teachers
@@ -135,9 +139,11 @@ class Bench:
 
     @property
     def kernels(self) -> str:
-        name = {"fp32": "fp32 as they are", "bf16": "bf16 and channels last"}
-        times = ", ".join(f"{1000 * seconds:.0f} ms {name[forward]}" for forward, seconds in self.seconds.items())
-        return f"{name[self.forward]} (one of each on a block: {times})"
+        last = images_last(None, torch.device("cpu"))
+        name = {"fp32": "fp32, channels last" if last else "fp32 as they are", "bf16": "bf16, channels last"}
+        times = "; ".join(f"{1000 * seconds:.0f} ms {name[forward]} in blocks of {rows}"
+                          for (forward, rows), seconds in self.seconds.items())
+        return f"{name[self.forward]} (one of each on {ROWS[-1]} rows: {times})"
 
     def fill(self) -> float:
         """Images per second while the archive of the paper's pyramid is filled anew by two ranks, without their start."""
@@ -325,7 +331,7 @@ def page(bench: Bench, rates: dict[str, list[float]], equal: list[str], rounds: 
         HEAD.format(commit=bench.commit, cores=os.cpu_count(), processor=processor, versions=versions, rounds=rounds,
                     steps=bench.steps, ours=bench.ours, timed=len(bench.timed), kernels=bench.kernels,
                     alone=bench.kinds["students alone"], archive=bench.kinds["pkd archive"],
-                    online=bench.kinds["pkd online"], **ANSWERS),
+                    online=bench.kinds["pkd online"], rows=bench.rows, **ANSWERS),
         "| figure | asked for, at least | min | median | max |", "|---|---|---|---|---|"]
     for figure, target, values in rows(rates, filled):
         lines.append(f"| {figure} | {target} | " + " | ".join(f"{value:.2f}" for value in spread(values)) + " |")

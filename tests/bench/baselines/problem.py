@@ -12,13 +12,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import torch
 
 from pkd.data import load_data
+from pkd.depthwise import use_tall_depthwise
 from pkd.metrics import peak_memory
 from pkd.network_file import derived_seed, fresh, read_teacher
 from pkd.objective import constants
 from pkd.pyramid import build_pyramid
 from pkd.recipe_file import load_recipe
 from pkd.schedule import Schedule
-from pkd.teacher import in_dtype
+from pkd.teacher import as_it_answers, images_last
 
 
 class Problem:
@@ -50,7 +51,10 @@ class Problem:
         self.weights = [self.constants.weights[teacher.level] for teacher in self.pyramid.teachers]
         if self.ours:
             self.students = [student.use_channels_last() for student in self.students]
-            self.teachers = [in_dtype(teacher, recipe.teachers.forward == "bf16") for teacher in self.teachers]
+            for student in self.students:
+                use_tall_depthwise(student)
+            last = images_last(recipe.teachers.forward_channels_last, self.device)
+            self.teachers = [as_it_answers(teacher, recipe.teachers.forward == "bf16", last) for teacher in self.teachers]
         for network in (*self.students, *self.teachers):
             network.to(self.device)
 
