@@ -10,7 +10,7 @@ class TallDepthwise(nn.Conv2d):
 
     oneDNN 3.12 has a fast kernel for the gradient of the weights only where no row of the output sees two edges of the image
     at once, and takes 10 to 15 times as long elsewhere: 25 ms in place of 2 for 64 images of 576 channels and 2 x 2 pixels,
-    which made three quarters of a MobileNetV2's step at 32 pixels. So rows of zeros are put below such images, which the
+    which made half of a MobileNetV2's step at 32 pixels. So rows of zeros are put below such images, which the
     convolution would have seen there anyway, and what it makes of those is cut off.
     """
 

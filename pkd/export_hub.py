@@ -58,7 +58,7 @@ def _refuse_other(study: Path, arms: dict, run: RunFolder) -> None:
     if asked != found:
         raise UserError(f"--study {study} is of other students than run {run.path}: {difference(asked, found)}; give the "
                         "folder of its own study")
-    if arms.get("fingerprint") != read_json(run.students / "students.json")["fingerprint"]:
+    if arms.get("fingerprint") != read_json(run.students / "students.json").get("fingerprint"):
         raise UserError(f"--study {study} is of other images or another split than run {run.path}: give the folder of its "
                         "own study")
 

@@ -190,6 +190,13 @@ def test_a_checkpoint_of_another_recipe_is_not_gone_on_with(tiny, new_run):
     assert "other settings than the recipe has now" in refused(1, *words, "students.0.lr=0.01")
 
 
+def test_a_key_that_deepspeed_does_not_know_is_named(tiny, new_run, tmp_path):
+    folder, teachers_from = new_run("run")
+    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 1, "reduce_scater": true}}')
+    said = refused(1, "distill", tiny, "--run-folder", folder, teachers_from, f"deepspeed.students={tmp_path / 'own.json'}")
+    assert "DeepSpeed refuses reduce_scater" in said and "mend that key" in said
+
+
 def test_only_ranks_ask_a_launchers_variables(tiny):
     """Batch scripts export some of them, for srun."""
     exported = {"MASTER_ADDR": "gpu08-ib", "MASTER_PORT": "29500"}
