@@ -208,7 +208,9 @@ def main() -> None:
         shares = [100 * a / (a + b) for a, b in zip(found[kind], found["step"])]
         lines.append(f"| {kind} | {cells(1000 * s for s in found[kind])} | {cells(shares)} |")
         print(lines[-1], flush=True)
-    kind = device.type if device.type == "cuda" else f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"
+    kind = f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"
+    if device.type == "cuda":
+        kind = where.lower().split()[:2][-1]  # h100 of "NVIDIA H100 80GB HBM3"
     (HERE / f"RESULTS-kernels-{kind}.md").write_text("\n".join(lines) + "\n")
     best.engine.close()
     world.close()
