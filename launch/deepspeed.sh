@@ -9,5 +9,5 @@
 set -euo pipefail
 ranks=${1:?usage: deepspeed.sh RANKS RECIPE [key.sub=value ...]}
 trap "" TERM USR1 # until pkd listens to them
-if [[ -f .venv/bin/activate ]]; then . .venv/bin/activate; fi
+if [[ ! $(command -v pkd) && -f .venv/bin/activate ]]; then . .venv/bin/activate; fi
 exec pkd launch "${@:2}" --on deepspeed --ranks-per-node "$ranks"

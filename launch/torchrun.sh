@@ -8,5 +8,5 @@
 set -euo pipefail
 ranks=${1:?usage: torchrun.sh RANKS RECIPE [key.sub=value ...]}
 trap "" TERM USR1 # until pkd listens to them
-if [[ -f .venv/bin/activate ]]; then . .venv/bin/activate; fi
+if [[ ! $(command -v pkd) && -f .venv/bin/activate ]]; then . .venv/bin/activate; fi
 exec pkd launch "${@:2}" --on torchrun --ranks-per-node "$ranks"

@@ -12,9 +12,12 @@ def main() -> int:
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
     if command in ("teach", "archive", "distill", "launch", "study"):
         catch_signals()
-    from pkd.cli import main as cli
+    try:
+        from pkd.cli import main as cli
 
-    return cli()
+        return cli()
+    except KeyboardInterrupt:
+        return 130  # as a shell says of what Ctrl-C ended
 
 
 if __name__ == "__main__":

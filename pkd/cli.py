@@ -1,7 +1,7 @@
 """The commands; the only place that exits.
 
 Exit codes: 0 done, or stopped by a signal with everything saved; 2 a mistake that the user can mend, said in one
-sentence; 3 a hang; 1 anything else, with the traceback in the rank's log.
+sentence; 3 a hang; 130 Ctrl-C where nothing is saved; 1 anything else, with the traceback in the rank's log.
 """
 
 import argparse
@@ -239,10 +239,16 @@ def train(arguments: argparse.Namespace, launch: Launch) -> int:
     except UserError as error:
         once_a_node = launch.local_rank == 0  # a file may be missing on some nodes only
         _end(console, job, once_a_node or isinstance(error, LocalError), str(error), 2)
+    except KeyboardInterrupt:  # the second; whoever pressed it does not want to wait for other ranks
+        os._exit(130)
     except Exception as error:  # whatever it is, it is told once, logged whole, and ends this process
         traceback.print_exc()
         console.show_early()
         what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, of a device
+            _end(console, job, True, f"rank {launch.rank} ran out of its device's memory ({what}): raise "
+                 "placement.accumulation, lower the batch or answer_rows, choose a higher ZeRO stage in deepspeed.students, "
+                 "or start more ranks", 2)
         _end(console, job, True, f"rank {launch.rank} failed ({what}); the traceback is in {console.log or 'its output'}", 1)
 
 

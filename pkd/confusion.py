@@ -21,7 +21,8 @@ ROWS = 128
 def pyramid_of(recipe: Recipe, data: DataSet, teachers: Path, partial: bool = False) -> Pyramid:
     """The recipe's pyramid, its groups by confusion read from the pyramid.json beside the folder of `teachers`.
 
-    partial: where that is not there yet, the levels that are known without it; else a UserError.
+    partial: where that is not there yet, the levels that are known without it; else, where the objective asks their
+    teachers, a UserError.
     """
     wanted, path = waiting_levels(recipe), teachers.parent / "pyramid.json"
     found: dict[int, list[list[int]]] | None = None
@@ -34,7 +35,7 @@ def pyramid_of(recipe: Recipe, data: DataSet, teachers: Path, partial: bool = Fa
                 raise UserError(f"pyramid.{number} asks for {level.teachers} groups by confusion with slack {level.slack}, "
                                 f"but {path} holds {len(found[number])} of slack {slack}: ask for those, or leave "
                                 "teachers_from out")
-    if wanted and not found and not partial:
+    if wanted and not found and not partial and recipe.objective.kind not in ("alone", "top"):
         raise UserError(f"pyramid.{wanted[0]} is grouped by the top teacher's confusion, but {path} does not say how this "
                         "top teacher groups the classes: run pkd teach first")
     return build_pyramid(recipe.pyramid, data.classes, recipe.seed, found)

@@ -20,6 +20,7 @@ class Device:
     runtime: float  # bytes that libraries take before anything else
     link: float  # bytes per second of a rank in an all-reduce: a 200 Gbit/s card for each GPU, gloo for a CPU
     hop: float  # seconds of one message of it
+    bf16: bool = True
 
     def forward(self, cost: NetworkCost, rows: int, half: bool) -> float:
         """Seconds of one forward of so many rows: the slower of arithmetic and memory by layer (Williams et al. 2009)."""
@@ -29,13 +30,13 @@ class Device:
                                      / (self.bandwidth * MEMORY_SHARE)) for layer in cost.layers)
 
 
-# NVIDIA's data sheets, SXM where there are several; v100 has fp16 for bf16. cpu: one core of a server, 3 GHz and AVX2.
+# NVIDIA's data sheets, SXM where there are several. cpu: one core of a server, 3 GHz and AVX2.
 DEVICES = {
     "a100": Device(312e12, 156e12, 80e9, 2.04e12, 5e-6, 1e9, 2e10, 1e-5),
     "h100": Device(989e12, 494e12, 80e9, 3.35e12, 5e-6, 1e9, 2e10, 1e-5),
     "h200": Device(989e12, 494e12, 141e9, 4.8e12, 5e-6, 1e9, 2e10, 1e-5),
     "l40s": Device(362e12, 181e12, 48e9, 0.864e12, 5e-6, 1e9, 2e10, 1e-5),
-    "v100": Device(125e12, 15.7e12, 32e9, 0.9e12, 5e-6, 1e9, 2e10, 1e-5),
+    "v100": Device(125e12, 15.7e12, 32e9, 0.9e12, 5e-6, 1e9, 2e10, 1e-5, bf16=False),
     "cpu": Device(96e9, 96e9, 0, 10e9, 1e-5, 0.5e9, 1e9, 1e-4),
 }
 

@@ -135,6 +135,13 @@ def check_device(config: dict, name: str, device: str) -> None:
     if precision(config) == "fp16" and device != "cuda":
         raise UserError(f"DeepSpeed configuration {name} asks for fp16, which DeepSpeed runs on CUDA only, and there is "
                         "no GPU here: use its bf16 or fp32 sibling")
+    if "bf16" not in arithmetic(config) or device != "cuda":
+        return
+    import torch  # slow, and not needed for reading a recipe
+
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"DeepSpeed configuration {name} asks for bf16, in which {torch.cuda.get_device_name()} does not "
+                        "reckon: use its fp16 or fp32 sibling")
 
 
 def check_compiler(wanted: bool) -> None:

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from pkd.errors import UserError
 from pkd.models import Network
 
 
@@ -17,4 +18,9 @@ class Ensemble(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images: uint8 [samples, channels, height, width] -> logits, fp32 [students, samples, classes]."""
-        return torch.stack([network(images).float() for network in self.networks])
+        logits = [network(images) for network in self.networks]
+        for name, own in zip(self.names, logits):
+            if not isinstance(own, torch.Tensor):  # a user's class may answer otherwise in training than in evaluation
+                raise UserError(f"the network of {name} returns a {type(own).__name__} in training: it must return its "
+                                "logits alone, a tensor")
+        return torch.stack([own.float() for own in logits])

@@ -5,6 +5,7 @@ import platform
 import socket
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -29,9 +30,23 @@ def hardware(device: torch.device) -> Hardware:
         properties = torch.cuda.get_device_properties(device)
         name, memory, unit = properties.name, properties.total_memory, str(properties.uuid)
     else:
-        name, memory, unit = "cpu", psutil.virtual_memory().total, "cpu"
+        name, memory, unit = "cpu", min(psutil.virtual_memory().total, _allowance()), "cpu"
     process = psutil.Process()
     return Hardware(socket.gethostname(), process.pid, process.create_time(), name, memory, f"{_cores():x}", unit)
+
+
+def _allowance(mine: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that a job or a container may use, by the control group (version 2) that this process is in, or those above."""
+    least = 2**63
+    try:
+        folder = groups / mine.read_text(encoding="utf-8").rpartition("::/")[2].strip()
+        for group in (folder, *folder.parents):
+            limit = group / "memory.max"
+            if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()).isdigit():
+                least = min(least, int(text))
+    except OSError:
+        pass
+    return least
 
 
 def _cores() -> int:

@@ -100,6 +100,10 @@ class Job:
     def beat(self, phase: str, step: int | None = None, group: str | None = None) -> None:
         self.watchdog.beat(phase, self.watchdog.step if step is None else step, group)
 
+    def starting(self) -> None:
+        """Something new is built, for which the longer limit holds, until steady()."""
+        self.watchdog.steady(self.recipe.timeouts.start, "timeouts.start")
+
     def steady(self) -> None:
         """The first step is done: from now on the shorter limit holds."""
         self.watchdog.steady(self.recipe.timeouts.step)

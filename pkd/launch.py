@@ -28,6 +28,10 @@ def launch(arguments: argparse.Namespace, console: Console) -> int:
     words = [arguments.recipe, *arguments.overrides]
     if way == "slurm":
         return _submit(arguments, recipe, words, run, phases, console)
+    if arguments.sbatch or arguments.script:
+        raise UserError(f"{'--sbatch' if arguments.sbatch else '--script'} is for jobs to submit, but --on is {way}: use "
+                        "--on slurm, or leave it out")
+    _check_alone(arguments.teacher, phases)
     ranks = world_of(way, arguments.nodes, arguments.ranks_per_node)
     order = Order(recipe, words, run, way, ranks, phases, _teacher(arguments.teacher))
     if "distill" in phases and not is_done(order, "distill"):
@@ -51,6 +55,7 @@ def world_of(way: str, nodes: int, per_node: int) -> int:
 def _submit(arguments: argparse.Namespace, recipe: Recipe, words: list[str], run: Path, phases: tuple[str, ...],
             console: Console) -> int:
     from pkd.confusion import waiting_levels
+    from pkd.objective import asked_names
     from pkd.pyramid import teacher_names
 
     world = arguments.nodes * arguments.ranks_per_node
@@ -63,13 +68,12 @@ def _submit(arguments: argparse.Namespace, recipe: Recipe, words: list[str], run
     if unknown:
         raise UserError(f"--teacher {unknown[0]} was asked for, but the teachers are {', '.join(names)}"
                         f"{nearest(unknown[0], names)}")
-    if arguments.teacher and phases != ("teach",):
-        raise UserError(f"--teacher names some teachers, but --phases is {','.join(phases)}, which needs them all: add "
-                        "--phases teach, or leave --teacher out")
+    _check_alone(arguments.teacher, phases)
     students = "distill" in phases and not is_done(order, "distill")
     if students:
         check_plan(recipe, world, here=False)
-    wanted = [name for name in names if name in (arguments.teacher or names) and "teach" in phases
+    asked = arguments.teacher or asked_names(recipe.objective.kind, recipe.pyramid)
+    wanted = [name for name in names if name in asked and "teach" in phases
               and not is_done(Order(recipe, words, run, "slurm", world, phases, name), "teach")]
     top_ranks = min(world, max(1, recipe.teachers.batch // SAMPLES_PER_RANK))
     jobs = slurm_chain.chain(words, run, names[0] if names[0] in wanted else None, [n for n in wanted if n != names[0]],
@@ -90,10 +94,17 @@ def _submit(arguments: argparse.Namespace, recipe: Recipe, words: list[str], run
     return 0
 
 
+def _check_alone(teachers: list[str] | None, phases: tuple[str, ...]) -> None:
+    if teachers and phases != ("teach",):
+        raise UserError(f"--teacher names some teachers, but --phases is {','.join(phases)}, which needs them all: add "
+                        "--phases teach, or leave --teacher out")
+
+
 def _phases(text: str | None, recipe: Recipe) -> tuple[str, ...]:
     """Those asked for, in their order; archive is among them by default if the recipe reads one."""
     if text is None:
-        return tuple(phase for phase in PHASES if phase != "archive" or recipe.soft_targets == "archive")
+        return tuple(phase for phase in PHASES if phase != "archive" or
+                     (recipe.soft_targets == "archive" and recipe.objective.kind != "alone"))
     phases = tuple(text.split(","))
     if any(phase not in PHASES for phase in phases):
         raise UserError(f"--phases is {text}, but the phases are {', '.join(PHASES)}: name some of them with commas")

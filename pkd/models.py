@@ -22,7 +22,7 @@ from pkd.norm import Float32Buffers, convert
 from pkd.recipe import Model, Recipe
 from pkd.small_models import SMALL_MODELS
 from pkd.vision import torchvision
-from pkd.weights_file import Weights, is_weights_file
+from pkd.weights_file import Weights, described_by, is_weights_file
 
 TORCHVISION_MODELS = frozenset(torchvision.models.list_models(module=torchvision.models))
 _tried: set[tuple] = set()
@@ -227,6 +227,15 @@ def _user_network(name: str, arguments: dict) -> nn.Module:
                         f"({_first_line(error)}): give the class such an argument") from error
     if next(network.parameters(), None) is None:
         raise UserError(f"model {name!r} has no parameters, so there is nothing to train: name another class")
+    frozen = [key for key, parameter in network.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        raise UserError(f"model {name!r} has {len(frozen)} frozen parameters, such as {frozen[0]}, which DeepSpeed would "
+                        "not keep: let them be trained, or register them as buffers")
+    names: dict[int, str] = {}
+    for key, tensor in network.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and names.setdefault(id(tensor), key) != key:
+            raise UserError(f"model {name!r} holds one tensor under two names, {names[id(tensor)]} and {key}, which a file "
+                            "of weights cannot: build a layer for each place")
     return network
 
 
@@ -239,9 +248,8 @@ def _per_channel(model: Model, key: str, channels: int) -> tuple[float, ...]:
     values, weights = getattr(model, key), _named_weights(model)
     if values is None and weights is not None and model.name not in _AUXILIARY:
         values = getattr(weights.transforms(), key)
-    beside = Path(model.weights).with_suffix(".json") if model.weights and weights is None else None
-    if values is None and beside and beside.is_file():
-        values = read_json(beside).get(key)  # of a network that pkd wrote or exported
+    if values is None and model.weights and weights is None:
+        values = next((read_json(path).get(key) for path in described_by(Path(model.weights)) if path.is_file()), None)
     if values is None:
         values = (0.5,)  # the two in _AUXILIARY were trained on pixels in [-1, 1], which this gives
     if len(values) not in (1, channels):

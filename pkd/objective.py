@@ -9,8 +9,8 @@ top:      the top teacher only, temperature 4, weight 1.   alone: cross-entropy 
 from dataclasses import dataclass, replace
 
 from pkd.errors import UserError
-from pkd.pyramid import Pyramid
-from pkd.recipe import Recipe
+from pkd.pyramid import Pyramid, teacher_names
+from pkd.recipe import Level, Recipe
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ def constants(recipe: Recipe, levels: int) -> Constants:
         own=wish.kind == "paper" and wish.routes != "all",
         per_batch=wish.denominator == "batch",
     )
+
+
+def asked_names(kind: str, levels: tuple[Level, ...]) -> list[str]:
+    """Names of the teachers that an objective asks, whether or not their classes are known yet."""
+    return {"alone": [], "top": ["level0"]}.get(kind, teacher_names(levels))
 
 
 def asked(kind: str, pyramid: Pyramid) -> list[int]:

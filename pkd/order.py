@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pkd import slurm_job
+from pkd.objective import asked_names
 from pkd.recipe import Recipe
 from pkd.run_folder import RunFolder
 from pkd.standing import standing
@@ -47,12 +48,12 @@ class Order:
 
 def is_done(order: Order, phase: str) -> bool:
     """Whether the run folder holds the end of a phase."""
+    wanted = [order.teacher] if order.teacher else asked_names(order.recipe.objective.kind, order.recipe.pyramid)
     if not (order.run / "run.json").exists():
-        return phase == "teach" and bool(order.recipe.teachers_from)
+        return phase == "teach" and (bool(order.recipe.teachers_from) or not wanted)
     found = standing(order.run)
     if phase == "teach":
-        wanted = [order.teacher] if order.teacher else list(found.teachers)
-        return bool(order.recipe.teachers_from) or (bool(wanted) and all(found.teachers.get(n) == "done" for n in wanted))
+        return bool(order.recipe.teachers_from) or all(found.teachers.get(name) == "done" for name in wanted)
     if phase == "archive":
         return found.archive == "done"
     if phase == "distill":

@@ -50,7 +50,24 @@ def run_phase(order: Order, phase: str) -> str:
     before = run.state(name)
     if order.way == "srun-deepspeed":
         slurm_job.write_hostfile(order.hostfile(phase), os.environ)
-    child = subprocess.Popen(order.command(phase), env={**os.environ, **environment(order.way, os.environ)})
+    # Ctrl-C is for this process, which tells the ranks; the launchers' own answer to it leaves ranks no time to save.
+    child = subprocess.Popen(order.command(phase), env={**os.environ, **environment(order.way, os.environ)},
+                             start_new_session=not order.way.startswith("srun"))
+    try:
+        _wait(order, name, child)
+    except KeyboardInterrupt:
+        _kill(order, name, child)
+        raise
+    if is_done(order, phase):
+        return "finished"
+    now = run.state(name)
+    if now != before and now["state"] in ("stopped", "refused"):
+        return now["state"]
+    return "refused" if child.returncode == 2 else "stopped" if signalled.yes and now == before else "failed"
+
+
+def _wait(order: Order, name: str, child: subprocess.Popen) -> None:
+    """Until all of a phase's processes have ended; meanwhile signals are passed on to them."""
     told = None  # when
     while child.poll() is None or (order.way == "deepspeed" and _ranks_alive(order, name)):
         # Ranks that outlive DeepSpeed's launcher have lost nothing but it: they stop and save as after a signal. Ranks that
@@ -59,12 +76,20 @@ def run_phase(order: Order, phase: str) -> str:
         if due and (signalled.yes or child.poll() is not None) and _forward(order, name, child):
             told = time.monotonic()
         time.sleep(0.1)
-    if is_done(order, phase):
-        return "finished"
-    now = run.state(name)
-    if now != before and now["state"] in ("stopped", "refused"):
-        return now["state"]
-    return "refused" if child.returncode == 2 else "stopped" if signalled.yes and now == before else "failed"
+
+
+def _kill(order: Order, name: str, child: subprocess.Popen) -> None:
+    if order.way.startswith("srun"):
+        return child.terminate()  # srun ends its ranks itself
+    doomed = _ranks_alive(order, name)
+    if child.poll() is None:
+        parent = psutil.Process(child.pid)
+        doomed += [parent, *parent.children(recursive=True)]
+    for process in doomed:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
 
 
 def after(order: Order, phase: str, outcome: str, console: Console) -> int:

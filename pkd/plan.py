@@ -1,6 +1,7 @@
 """`pkd plan`: who would be where, how long a step would take and what bounds it, without starting anything."""
 
 import time
+from collections import Counter
 from dataclasses import replace
 from itertools import groupby
 
@@ -10,7 +11,8 @@ from rich.table import Table
 from pkd.console import Console
 from pkd.data import DataSet, load_data
 from pkd.devices import device_like, device_named
-from pkd.ds_config import AUTO
+from pkd.ds_config import AUTO, arithmetic, load_ds_config
+from pkd.errors import UserError
 from pkd.figures import Keys, cached, surroundings
 from pkd.hardware import Hardware, cores_per_node, hardware, known_ranks
 from pkd.placement import Placement, group_options, place, without_teachers
@@ -34,6 +36,11 @@ def plan(recipe: Recipe, world: int, console: Console, device: str | None = None
     device: every rank's, by its name in the table of devices, one node each; None: this machine's, which all ranks share, or
     `per_node` each of machines like it. here: whether they are such machines; else nothing is known of their memory.
     """
+    if device and per_node:
+        raise UserError(f"--ranks-per-node is {per_node}, but of --device {device} every rank is taken to be on a node of "
+                        "its own: leave one of the two out")
+    if device:
+        _check_bf16(recipe, device)
     data = load_data(recipe.data)
     pyramid = build_pyramid(foreseen(recipe.pyramid), data.classes, recipe.seed)
     if device and recipe.deepspeed.students == "auto":
@@ -64,8 +71,16 @@ def plan(recipe: Recipe, world: int, console: Console, device: str | None = None
         f"a step of {work.batch} samples takes {1000 * predicted.step:.3g} ms ({work.source}), "
         f"{len(data.splits['train']) // work.batch} of them are an epoch; it is bound by {found['bound_by']}, idle are "
         + ", ".join(f"{100 * share:.0f} % of the {role} ranks' time" for role, share in found["idle"].items()),
-        f"one more rank would go {found['next_rank']}"]))
+        f"one more rank would go {found['next_rank']}"] + _too_large(ranks, known)))
     return found
+
+
+def _check_bf16(recipe: Recipe, name: str) -> None:
+    files = {f"deepspeed.{role}": getattr(recipe.deepspeed, role) for role in ("students", "teachers")}
+    asking = [key for key, file in files.items() if "bf16" in arithmetic(load_ds_config(file))]
+    asking += ["teachers.forward"] * (recipe.teachers.forward == "bf16")
+    if asking and not device_named(name).bf16:
+        raise UserError(f"{asking[0]} asks for bf16, in which a {name} does not reckon: choose fp32, or fp16 for students")
 
 
 def _workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, ranks: list[Hardware], name: str | None,
@@ -80,7 +95,8 @@ def _workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, ranks: list[Hardw
         cores = cores_per_node(ranks[:1])
         known = known_ranks(ranks, recipe.threads) if here else Ranks(cores=cores, threads=recipe.threads)
         busy = torch.cuda.device_count() or max(1, int(cores[0]) // recipe.threads)
-        keys = Keys(recipe, pyramid, data, surroundings([ranks[0].device], min(world, busy), min(world, busy)), world,
+        each = [min(count, busy) for count in Counter(rank.host for rank in ranks).values()]  # of a node
+        keys = Keys(recipe, pyramid, data, surroundings([ranks[0].device], max(each), sum(each)), world,
                     recipe.soft_targets != "archive")
         figures = cached(keys.all())
         if all(digest(key) in figures for key in keys.all()):
@@ -118,6 +134,13 @@ def _ranks(placement: Placement, work: Workload, system: System, predicted: Pred
              "teachers": [shards.get(name, name) for name in placement.answers_for(rank)],
              "ms": 1000 * float(system.answer[rank] + system.train[rank]),
              "idle": 1 - float(predicted.busy[rank]), "bytes": int(size[rank])} for rank in range(placement.world)]
+
+
+def _too_large(ranks: list[dict], known: Ranks) -> list[str]:
+    over = [rank for rank in ranks if rank["bytes"] > known.usable(rank["rank"])]
+    return [f"rank {over[0]['rank']} would need {over[0]['bytes'] / 1e9:.1f} GB, and of its device's memory "
+            f"{known.usable(over[0]['rank']) / 1e9:.1f} GB are to be counted on: raise placement.accumulation, lower "
+            "distill.batch, choose a higher ZeRO stage or start more ranks"] if over else []
 
 
 def _table(title: str, ranks: list[dict]) -> Table:

@@ -124,6 +124,9 @@ def _ids(group: tuple[int | str, ...], number: int, classes: tuple[str, ...]) ->
         if isinstance(entry, str) and entry not in classes:
             raise UserError(f"pyramid.{number}.classes names {entry!r}, which the data set does not have"
                             f"{nearest(entry, classes)}")
+        if not isinstance(entry, str) and str(entry) in classes and classes.index(str(entry)) != entry:
+            raise UserError(f"pyramid.{number}.classes holds the id {entry}, but a class is named {entry}, too, and has the "
+                            f"id {classes.index(str(entry))}: write names in quotes, as in ['{entry}']")
         ids.append(classes.index(entry) if isinstance(entry, str) else entry)
     outside = [i for i in ids if not 0 <= i < len(classes)]
     if outside:

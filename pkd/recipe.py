@@ -14,7 +14,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Whole = Annotated[int, Field(ge=1, lt=2**31)]
-ClassId = Annotated[int, Field(ge=0, lt=2**31)]
+ClassId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]  # of YAML's yes and no neither is a number
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # numpy's and torch's generators take no negative seed
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]  # it becomes a file name
 
@@ -111,7 +111,8 @@ class Optimisation(Section):
     clip: Positive | None = None  # norm of this network's own gradient
     schedule: Literal["cosine", "plateau", "constant"] = "cosine"
     warmup_steps: Count = 0
-    patience: Count = 3  # plateau: epochs without a better validation loss before lr is multiplied by `factor`
+    patience: Count = 3  # plateau: validations without a better loss before lr is multiplied by `factor`; students have one
+    # an epoch, teachers one every evaluate_every steps
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
     label_smoothing: Fraction = 0.0
     ema: Fraction = 0.0  # decay of the averaged weights that are evaluated and kept; 0: none

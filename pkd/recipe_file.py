@@ -32,6 +32,10 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {name} cannot be read as text: {error}") from None
     tree = _yaml(content, f"recipe {name}")
+    try:
+        tree = _apart(tree)
+    except RecursionError:
+        raise UserError(f"recipe {name} nests its values too deeply to be one") from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe {name} must be a mapping of keys to values, found {type(tree).__name__}")
     for text in overrides:
@@ -84,6 +88,13 @@ def _yaml(text: str, what: str) -> Any:
         return yaml.safe_load(text)
     except Exception as error:  # besides YAMLError, its constructors let through ValueError, KeyError and others
         raise UserError(f"{what} cannot be read as YAML ({type(error).__name__}: {str(error)[:300]})") from None
+
+
+def _apart(tree: Any) -> Any:
+    """Every place with an object of its own, where anchors share one: an override is of one place."""
+    if isinstance(tree, dict):
+        return {key: _apart(value) for key, value in tree.items()}
+    return [_apart(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def override(tree: dict, text: str) -> None:

@@ -1,7 +1,9 @@
 """The chain of Slurm jobs that a run is submitted as."""
 
+import os
 import shlex
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +77,12 @@ def submit(jobs: list[Submission], script: Path, extra: list[str], run: Path, co
     """Submit a chain and write jobs.json: name -> job id. Raises UserError; what was submitted by then is cancelled again.
     """
     _refuse_queued(run)
+    # A job gets this environment: there it finds the pkd that submits it, wherever that lies.
+    own = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
     ids: dict[str, str] = {}
     for job in jobs:
         try:
-            ids[job.name] = ask(*sbatch(job, script, extra, ids)).strip().split(";")[0]
+            ids[job.name] = ask(*sbatch(job, script, extra, ids), env=own).strip().split(";")[0]
             write_json(run / "jobs.json", ids)
         except UserError:
             if ids:
@@ -96,8 +100,11 @@ def _size(nodes: int, per_node: int) -> tuple[str, ...]:
 def _refuse_queued(run: Path) -> None:
     jobs = read_json(run / "jobs.json") if (run / "jobs.json").exists() else {}
     if jobs:
-        asked = subprocess.run(["squeue", "--noheader", "--jobs", ",".join(jobs.values()), "--format", "%A"],
-                               capture_output=True, text=True)
+        try:
+            asked = subprocess.run(["squeue", "--noheader", "--jobs", ",".join(jobs.values()), "--format", "%A"],
+                                   capture_output=True, text=True)
+        except OSError as error:
+            raise UserError(f"squeue could not be run ({error.strerror}): run this where Slurm is installed") from None
         alive = sorted(set(asked.stdout.split()))
         if asked.returncode == 0 and alive:
             raise UserError(f"jobs {', '.join(alive)} of run folder {run} are still queued or running: wait for them, or "

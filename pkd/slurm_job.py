@@ -100,9 +100,9 @@ def _job_state() -> str:
     return next((word[9:] for word in asked.stdout.split() if word.startswith("JobState=")), "UNKNOWN")
 
 
-def ask(*argv: str) -> str:
+def ask(*argv: str, env: dict[str, str] | None = None) -> str:
     try:
-        done = subprocess.run(argv, capture_output=True, text=True)
+        done = subprocess.run(argv, capture_output=True, text=True, env=env)
     except OSError as error:
         raise UserError(f"{argv[0]} could not be run ({error.strerror}): run this where Slurm is installed") from None
     if done.returncode:

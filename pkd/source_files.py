@@ -69,10 +69,10 @@ def download_cifar(root: Path, fine: bool) -> None:
     """Fetch the published binary archive into `root`, checked by its md5, unless it is there."""
     from pkd.vision import torchvision
 
-    inside, archive, md5, *_ = CIFAR[fine]
+    inside, archive, md5, training, *others, _ = CIFAR[fine]
     try:
         with one_at_a_time(root):
-            if not (root / inside).is_dir():
+            if not all((root / inside / name).is_file() for name in (*training, *others)):
                 torchvision.datasets.utils.download_and_extract_archive(
                     f"https://www.cs.toronto.edu/~kriz/{archive}", str(root), md5=md5)
     except (OSError, RuntimeError) as error:

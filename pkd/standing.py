@@ -6,6 +6,9 @@ from pathlib import Path
 
 from pkd.files import read_json, read_lines
 from pkd.lock import held_by, told
+from pkd.objective import asked_names
+from pkd.pyramid import teacher_names
+from pkd.recipe import Level
 from pkd.run_folder import RunFolder
 
 
@@ -15,7 +18,7 @@ class Standing:
 
     phase: str  # what is running, or what comes next: "teach", "archive", "distill", "evaluate" or "done"
     holder: str | None  # who writes the folder now
-    teachers: dict[str, str]
+    teachers: dict[str, str]  # those that the objective asks, and others that are there
     archive: str  # none, "3 of 16 shards", done, or stale: made by other teachers than there are now
     distill: str  # none, running, stopped, refused or finished
     why: str | None  # the sentence of a refusal
@@ -38,13 +41,16 @@ def standing(path: Path) -> Standing:
     free, recipe = record["free"], record["recipe"]
     run = RunFolder(path, free.get("teachers_from"))
     held = [holder for file in (path / "lock", *path.glob("teachers/*.lock")) if (holder := held_by(file)) is not None]
-    teachers = _teachers(run, recipe["teachers"]["steps"])
+    levels = tuple(Level.model_validate(level) for level in recipe["pyramid"])
+    asked = asked_names(recipe["objective"]["kind"], levels)
+    names = [name for name in teacher_names(levels) if name in asked or (run.teachers / f"{name}.json").exists()]
+    teachers = _teachers(run, names, recipe["teachers"]["steps"])
     distill = run.state("distill")
     if distill["state"] == "running" and not held:
         distill = {**distill, "state": "ended without a word"}
     newest = _newest(run.checkpoints)
     lines = read_lines(run.metrics)
-    done = bool(teachers) and all(state == "done" for state in teachers.values())
+    done = all(teachers[name] == "done" for name in asked)
     evaluated = _evaluated(path, distill)
     archive = _archive(run)
     waits = free.get("soft_targets") == "archive" and archive != "done" and distill["state"] == "none"
@@ -67,7 +73,7 @@ def progress(path: Path, name: str) -> list[int]:
     mine = name.removeprefix("teach-") if name.startswith("teach-") else "*"
     steps = [int(folder.name[5:]) for folder in path.glob(f"teachers/{mine}.training/step-*") if folder.name[5:].isdigit()]
     newest = _newest(path / "checkpoints")
-    return [len(list(path.glob(f"teachers/{mine}.json"))), sum(steps), len(_shards(path)),
+    return [len(list(path.glob(f"teachers/{mine}.json"))), sum(steps), len(_shards(path / "soft-targets")),
             int(newest.name[5:]) if newest else 0]
 
 
@@ -81,23 +87,23 @@ def _evaluated(path: Path, distill: dict) -> bool:
 
 def _archive(run: RunFolder) -> str:
     path = run.path / "soft-targets" / "archive.json"
-    if not path.exists():  # the phase may have found one that fits where the teachers come from
-        return "done" if run.state("archive")["state"] == "finished" else "none"
+    if not path.exists() and run.state("archive")["state"] == "finished":
+        path = run.teachers.parent / "soft-targets" / "archive.json"  # the phase found one that fits there
+    if not path.exists():
+        return "none"
     record = read_json(path)
     for name, then in record["made_of"]["teachers"].items():
         facts = run.teachers / f"{name}.json"
         if facts.exists() and read_json(facts).get("sha256") != then:
             return "stale"
-    return "done" if record["complete"] else f"{len(_shards(run.path))} of {record['files']} shards"
+    return "done" if record["complete"] else f"{len(_shards(path.parent))} of {record['files']} shards"
 
 
-def _shards(path: Path) -> list[Path]:
-    return list(path.glob("soft-targets/*.safetensors"))
+def _shards(folder: Path) -> list[Path]:
+    return list(folder.glob("*.safetensors"))
 
 
-def _teachers(run: RunFolder, steps: int) -> dict[str, str]:
-    listed = run.teachers.parent / "pyramid.json"
-    names = [teacher["name"] for teacher in read_json(listed)["teachers"]] if listed.exists() else []
+def _teachers(run: RunFolder, names: list[str], steps: int) -> dict[str, str]:
     out = {}
     for name in names:
         out[name] = "not begun"

@@ -11,9 +11,11 @@ from pkd.files import read_json
 from pkd.standing import Standing, standing
 
 
-def status(path: Path, as_json: bool, console: Console) -> Standing:
-    """Print and return it. Raises UserError where there is no run."""
+def status(path: Path, as_json: bool, console: Console) -> Standing | None:
+    """Print and return it; None of a run that was submitted and has not begun. Raises UserError where there is no run."""
     if not (path / "run.json").exists():
+        if (path / "jobs.json").exists():
+            return _submitted(path, as_json, console)
         raise UserError(f"run folder {path} holds no run: give the folder that pkd teach or pkd distill writes")
     found = standing(path)
     jobs = _jobs(path)
@@ -32,9 +34,21 @@ def status(path: Path, as_json: bool, console: Console) -> Standing:
         console.report(f"  last checkpoint: {found.checkpoint}, {_age(found.checkpoint_age)} ago")
     if found.why:
         console.report(f"  refused: {found.why}")
+    _show(jobs, console)
+    return found
+
+
+def _submitted(path: Path, as_json: bool, console: Console) -> None:
+    jobs = _jobs(path)
+    if as_json:
+        return console.report(json.dumps({"phase": "submitted", "jobs": jobs}, indent=2))
+    console.report(f"{path}: submitted, nothing has begun yet")
+    return _show(jobs, console)
+
+
+def _show(jobs: dict[str, str], console: Console) -> None:
     for name, state in jobs.items():
         console.report(f"  Slurm job {name}: {state}")
-    return found
 
 
 def _headline(found: Standing) -> str:

@@ -21,9 +21,11 @@ from pkd.errors import UserError, nearest
 from pkd.files import read_json, write_json
 from pkd.job import Job
 from pkd.network_file import derived_seed, fresh, read_teacher, teacher_identity, write_network
+from pkd.objective import asked_names
 from pkd.pyramid import Pyramid, Teacher, teacher_names
 from pkd.rates import Rates
 from pkd.schedule import SAMPLES_PER_RANK, Schedule
+from pkd.state import WEIGHTS
 from pkd.tensor_file import read_tensors
 from pkd.transfer import OnItsWay, to_device
 from pkd.validate import validate
@@ -31,19 +33,27 @@ from pkd.views import Views
 
 
 def teach(job: Job, limit: int | None) -> str:
-    """Train every teacher that is not there yet, or the one that the job names; "finished" or "stopped"."""
+    """Train every teacher that the objective asks and that is not there yet, or the one that the job names; "finished" or
+    "stopped".
+    """
     if job.recipe.teachers_from:
         raise UserError(f"teachers_from is {job.recipe.teachers_from}, whose teachers are used as they are: there is "
                         "nothing to teach here, run pkd distill or leave teachers_from out")
+    wanted = [job.teacher] if job.teacher else asked_names(job.recipe.objective.kind, job.recipe.pyramid)
+    if not wanted:
+        raise UserError(f"objective.kind is {job.recipe.objective.kind}, which asks no teacher: there is nothing to teach, "
+                        "run pkd distill, or ask for another objective")
     steps = min(job.recipe.teachers.steps, limit or job.recipe.teachers.steps)
     if job.world.rank == 0 and not waiting_levels(job.recipe):
         write_json(job.run.path / "pyramid.json", job.pyramid.to_json())
     outcome, taught = "finished", set()
     while outcome == "finished":
-        teachers = [teacher for teacher in _chosen(job) if teacher.name not in taught]
+        teachers = [teacher for teacher in _chosen(job, wanted) if teacher.name not in taught]
         outcome = _teach(job, teachers, steps, f"round {len(taught)}")
         taught.update(teacher.name for teacher in teachers)
-        if outcome == "stopped" or len(job.pyramid.teachers) == len(teacher_names(job.recipe.pyramid)):
+        whole = len(job.pyramid.teachers) == len(teacher_names(job.recipe.pyramid))
+        done = taught >= set(wanted) and job.teacher != "level0"  # who trains the top by itself groups the others, too
+        if outcome == "stopped" or whole or done:
             break
         job.pyramid = _group_the_rest(job)
     return outcome
@@ -109,6 +119,8 @@ class Lesson:
 
     def __init__(self, job: Job, teacher: Teacher, ranks: list[int], bridge, steps: int):
         self.job, self.teacher, self.ranks, self.steps = job, teacher, ranks, steps
+        job.beat(f"building {teacher.name}", 0, f"the island of {teacher.name}")
+        job.starting()
         self.settings, self.data, self.device = job.recipe.teachers, job.data, job.world.device
         self.leader = job.world.rank == ranks[0]
         self.folder = job.run.teachers / f"{teacher.name}.training"
@@ -169,7 +181,7 @@ class Lesson:
         votes = ballot.close()
         late = -ballot.maximum([-self.broken[0] if self.broken else float("-inf")])[0]
         if votes.broken or late != float("inf"):
-            step = min([votes.broken[0]] * bool(votes.broken) + [late])
+            step = min(votes.broken[0], late) if votes.broken else late
             raise UserError(f"the loss of teacher {name} was not finite at step {int(step)}: lower teachers.lr, or set "
                             "teachers.warmup_steps or teachers.clip, and start in another --run-folder")
         return votes.stop
@@ -205,11 +217,17 @@ class Lesson:
                           lambda group: self.job.beat(f"validating {self.teacher.name}", group=group))
         self.rates.validated(scores.loss)
         found = {"step": self.step, "accuracy": scores.accuracy[0], "loss": scores.loss[0]}
+        if self.leader and not self.job.console.moves and self.step < self.steps:  # the last one is told in the end
+            self.job.console.report(f"teacher {self.teacher.name}: step {self.step} of {self.steps}, validation "
+                                    f"{100 * found['accuracy']:.1f} %, loss {found['loss']:.4g}")
         if not self.best or (found["accuracy"], -found["loss"]) > (self.best["accuracy"], -self.best["loss"]):
             self.best = found
             self.best_weights = {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
 
     def _save(self) -> None:
+        """Not of weights that are not finite: the ballot is about to stop it all, and the last good checkpoint must stay."""
+        if not all(bool(value.isfinite().all()) for value in self.engine.network_state(0, WEIGHTS).values()):
+            return  # every rank has them whole and finds the same
         self.job.run.check_locks()
         tensors = {"best": self.best_weights} if self.best else {}
         progress = {"best": self.best, "rates": self.rates.to_json(), "identity": self._identity()}
@@ -247,6 +265,7 @@ class Lesson:
         names = [self.data.classes[index] for index in self.teacher.classes]
         facts = {"name": self.teacher.name, "level": self.teacher.level, "class_ids": list(self.teacher.classes),
                  "validation": self.best, "steps": self.step, "identity": self._identity()}
+        self.job.beat(f"writing {self.teacher.name}")
         write_network(self.job.run.teachers / self.teacher.name, network, self.teacher.model, names, self.data, facts)
         if self.step == self.settings.steps:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -257,12 +276,12 @@ class Lesson:
         return teacher_identity(self.job.recipe, self.teacher, self.data)
 
 
-def _chosen(job: Job) -> list[Teacher]:
-    """The teachers to train, as far as their classes are known."""
+def _chosen(job: Job, wanted: list[str]) -> list[Teacher]:
+    """The wanted teachers, as far as their classes are known."""
     every, only = teacher_names(job.recipe.pyramid), job.teacher
     if only is not None and only not in every:
         raise UserError(f"teacher {only} was asked for, but the pyramid has {', '.join(every)}{nearest(only, every)}")
-    chosen = [teacher for teacher in job.pyramid.teachers if only in (None, teacher.name)]
+    chosen = [teacher for teacher in job.pyramid.teachers if teacher.name in wanted]
     if not chosen:
         raise UserError(f"teacher {only} gets its classes by the top teacher's confusion, which is not trained yet: run pkd "
                         "teach with --teacher level0 first, or without --teacher")

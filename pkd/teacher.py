@@ -96,8 +96,12 @@ class TeacherHost:
         the device, to which each crosses once, whatever the number of teachers that are asked about it.
         """
         positions = [np.unique(q.routes.position[q.routes.source == self.source]) for q in questions]
-        views = [to_device(self.views.batch(torch.from_numpy(q.ids[own]), epoch) if q.images is None
-                           else q.images[:len(own)], self.device) for q, own in zip(questions, positions)]
+        views = []
+        for question, own in zip(questions, positions):
+            images = self.views.batch(torch.from_numpy(question.ids[own]), epoch) if question.images is None \
+                else question.images[:len(own)]
+            views.append(to_device(images, self.device))
+            self.works()  # decoding may be slow, and here are many steps' images
         return positions, views[0] if len(views) == 1 else torch.cat(views)
 
     def forward(self, index: int, images: torch.Tensor) -> torch.Tensor:

@@ -43,9 +43,9 @@ class Watchdog(threading.Thread):
         """Progress as well: what this rank waited for has come, and it is the others who wait for it from now on."""
         self.waits(OWN_WORK)
 
-    def steady(self, limit: float) -> None:
+    def steady(self, limit: float, knob: str = "timeouts.step") -> None:
         """The start is over: another limit holds from now on, which the others hear of at once."""
-        self.knob = "timeouts.step"
+        self.knob = knob
         if self.limit != limit:
             self.limit = limit
             self._wake.set()

@@ -27,6 +27,12 @@ def weights_of(stem: Path) -> Path:
     return index if index.exists() else stem.with_name(stem.name + ONE)
 
 
+def described_by(path: Path) -> list[Path]:
+    """Where the description of a file of weights lies that pkd wrote or exported."""
+    stem = path.name.removesuffix(INDEX).removesuffix(ONE)
+    return [path.with_name(f"{stem}.json")] + [path.with_name("config.json")] * (stem == "model")
+
+
 class Weights:
     """The tensors of `path`, a .safetensors file or a .safetensors.index.json beside its files.
 

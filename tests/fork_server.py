@@ -84,12 +84,20 @@ def _server(repository: Path) -> str:
 
 def serve(address: str) -> None:
     """Fork for each connection, until standard input ends. Returns only in a forked rank, which then runs pkd."""
+    import accelerate  # noqa: F401  (what a command imports when it needs it, too)
     import torch._dynamo  # noqa: F401  (torch.optim imports it at its first step)
 
     import pkd.archive
+    import pkd.bench
     import pkd.cli
     import pkd.distill
     import pkd.evaluate
+    import pkd.export
+    import pkd.launch
+    import pkd.plan
+    import pkd.predict
+    import pkd.status
+    import pkd.study.command
     import pkd.teach  # noqa: F401
     from pkd.ds_config import import_deepspeed
 

@@ -99,6 +99,10 @@ def refused(world: int, *arguments, **options) -> str:
     return said.strip()
 
 
+# Students whose step takes a third of the time, where which network it is makes no difference (tests/own_model.py).
+LIGHT = ("students.0.model=own_model:Smooth", "students.1.model=own_model:Smooth")
+
+
 def wait_for_step(run_folder: Path, step: int, timeout: float = 90.0) -> None:
     """Until steps.jsonl holds the line of optimizer step `step`."""
     deadline = time.monotonic() + timeout

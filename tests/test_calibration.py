@@ -70,6 +70,7 @@ def test_plan_takes_what_was_timed_here_or_a_data_sheet(tiny, first):
     words = ("plan", tiny, "--world", 4096, "distill.batch=40000", "objective.kind=paper")
     large = json.loads(run(1, *words, "--json", "--device", "h200")[0].out)
     assert large["seconds"] == "estimated for h200" and len(large["ranks"]) == 4096
-    assert all(rank["samples"] >= 8 for rank in large["ranks"] if rank["role"] == "student")
+    samples = [rank["samples"] for rank in large["ranks"] if rank["role"] == "student"]
+    assert samples and min(samples) >= 8
     assert all(0 < rank["bytes"] < 141e9 for rank in large["ranks"]) and large["bound_by"] and large["next_rank"]
     assert "did you mean 'h200'" in refused(1, *words, "--device", "h20")

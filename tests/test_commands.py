@@ -220,6 +220,10 @@ def test_plan_prints_what_would_run_and_starts_nothing(tiny, tmp_path):
     assert "level2-2" in run(1, "plan", tiny, "--world", 2)[0].out
     assert "you asked for 9" in refused(1, "plan", tiny, "--world", 9, "placement.kind=co-located")
     assert "at least 2 ranks" in refused(1, "plan", tiny, "placement.kind=dedicated")
+    said = refused(1, "plan", tiny, "--device", "h200", "--ranks-per-node", 2)
+    assert "--ranks-per-node is 2, but of --device h200" in said
+    assert "teachers.forward asks for bf16, in which a v100" in refused(1, "plan", tiny, "--device", "v100",
+                                                                       "teachers.forward=bf16")
 
 
 def test_plan_counts_this_machines_memory_and_builds_no_teacher_to_do_so(tiny):
@@ -227,6 +231,9 @@ def test_plan_counts_this_machines_memory_and_builds_no_teacher_to_do_so(tiny):
     needed = 1.05 * psutil.virtual_memory().total
     huge = f"pyramid.0.model={{name: pkd_resnet_l, width: {round((needed / 2.77e6) ** 0.5)}}}"  # 2.77 MB at width 1
     assert "have room for" in refused(1, "plan", tiny, "--world", 2, huge)
+    said = " ".join(run(1, "plan", tiny, "--world", 2, "--ranks-per-node", 1, "placement={kind: co-located}",
+                        huge.replace("pyramid.0", "students.0"))[0].out.split())
+    assert "rank 0 would need" in said and "GB are to be counted on: raise placement.accumulation" in said
     four = ("--world", 4, "placement.student_ranks=1", "--json", huge)
     for more in (("--device", "h200"), ("--ranks-per-node", 1)):
         found = json.loads(run(1, "plan", tiny, *four, *more)[0].out)

@@ -45,6 +45,9 @@ def test_teach_trains_the_top_groups_the_classes_and_trains_the_specialists(tiny
     folder = tmp_path / "run"
     start = (tiny, "--run-folder", folder, *LEVELS)
     assert "run pkd teach first" in refused(1, "distill", *start)
+    few = (*start[:1], "--run-folder", tmp_path / "labels", *LEVELS, "objective.kind=alone", "--steps", 2)
+    run(1, "distill", *few)  # who asks no specialist needs no groups
+    assert "asks no teacher: there is nothing to teach" in refused(1, "teach", *few)
     assert "--teacher level0 first" in refused(1, "teach", *start, "--teacher", "level1-0")
     run(2, "teach", *start, "--teacher", "level0")
     tree = json.loads((folder / "pyramid.json").read_text())

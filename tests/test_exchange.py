@@ -15,12 +15,12 @@ from pkd.wire import BYTES, KINDS, SOCKETS, choose, partners, received, sockets
 
 def placed(students, teachers, hosts):
     """Dedicated with so many teacher ranks, or co-located with teachers on the first `hosts` ranks."""
-    ranks = range(students, students + teachers) if teachers else range(hosts)
+    ranks = range(students, students + teachers) if teachers else range(min(hosts, students))
     sources = tuple(Source(rank, (f"t{rank}",), 1.0) for rank in ranks)
     return Placement("dedicated" if teachers else "co-located", students + teachers, students, 1, sources)
 
 
-placements = st.builds(placed, st.integers(1, 12), st.integers(0, 12), st.integers(1, 1))
+placements = st.builds(placed, st.integers(1, 12), st.integers(0, 12), st.integers(1, 12))
 
 
 @pytest.mark.parametrize(("students", "sources", "more"), [

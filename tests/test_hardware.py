@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from pkd.errors import UserError
-from pkd.hardware import Hardware, cores_per_node, devices, hardware, known_ranks, memory_per_rank, nodes, to_json
+from pkd.hardware import (
+    Hardware,
+    _allowance,
+    cores_per_node,
+    devices,
+    hardware,
+    known_ranks,
+    memory_per_rank,
+    nodes,
+    to_json,
+)
 from pkd.pyramid import Teacher
 from pkd.recipe import Model
 from pkd.teach import assign
@@ -43,6 +53,17 @@ def test_this_process_describes_itself():
 
 ON_TWO_GPUS = [rank("a", "H100", unit="GPU-1"), rank("a", "H100", unit="GPU-1"), rank("a", "H100", unit="GPU-2"),
                rank("b", "H100", unit="GPU-1")]
+
+
+def test_a_control_group_may_allow_less_memory_than_there_is(tmp_path):
+    """The least of this process's group and those above it counts; "max" is no limit, nor is a system without any."""
+    (tmp_path / "mine").write_text("1:name=systemd:/old\n0::/job_7/step_0\n")
+    (tmp_path / "job_7" / "step_0").mkdir(parents=True)
+    assert _allowance(tmp_path / "mine", tmp_path) > 2**60
+    (tmp_path / "job_7" / "step_0" / "memory.max").write_text("max\n")
+    (tmp_path / "job_7" / "memory.max").write_text("4000\n")
+    assert _allowance(tmp_path / "mine", tmp_path) == 4000
+    assert _allowance(tmp_path / "absent", tmp_path) > 2**60
 
 
 def test_ranks_share_a_gpu_of_their_host_and_never_a_cpu():

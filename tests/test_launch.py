@@ -8,8 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from ranks import REPOSITORY, clean_environment, listens, refused, run, students, trace, wait_for_step
+
+from pkd.order import Order, is_done
+from pkd.recipe_file import load_recipe
 
 BIN = Path(sys.executable).parent
 SCRIPTS = {"torchrun": REPOSITORY / "launch" / "torchrun.sh", "deepspeed": REPOSITORY / "launch" / "deepspeed.sh"}
@@ -21,17 +25,18 @@ def start(way: str, *words) -> subprocess.Popen:
     environment = {**clean_environment(), "PATH": f"{BIN}:{os.environ['PATH']}"}
     words = [*map(str, words), "placement.kind=dedicated"]
     return subprocess.Popen([SCRIPTS[way], "2", *words], env=environment, cwd=REPOSITORY, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                            # As in a terminal; what a shell runs in the background, these tests maybe, ignores Ctrl-C.
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def ended(process: subprocess.Popen, timeout: float = 120.0) -> tuple[int, str]:
     try:
         out, _ = process.communicate(timeout=timeout)
     finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        if process.poll() is None:  # what it started lies in sessions of its own
+            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                one.kill()
     return process.returncode, out
 
 
@@ -55,17 +60,19 @@ def test_all_phases_run_once_and_a_second_call_finds_nothing_to_do(tiny, taught,
 
 
 @pytest.mark.parametrize(("way", "target", "number"), [
-    ("torchrun", "script", signal.SIGTERM), ("torchrun", "launcher", signal.SIGUSR1),
+    ("torchrun", "terminal", signal.SIGINT), ("torchrun", "launcher", signal.SIGUSR1),
     ("torchrun", "rank", signal.SIGUSR1), ("deepspeed", "script", signal.SIGUSR1),
     ("deepspeed", "launcher", signal.SIGTERM), ("deepspeed", "rank", signal.SIGTERM)])
-def test_a_signal_to_script_launcher_or_rank_stops_all_ranks_together_and_saved(tiny, new_run, finished, way, target,
-                                                                                number):
+def test_ctrl_c_or_a_signal_to_script_launcher_or_rank_stops_all_ranks_together_and_saved(tiny, new_run, finished, way,
+                                                                                          target, number):
     folder, teachers_from = new_run("run")
     words = (tiny, teachers_from, "--run-folder", folder, "--phases", "distill")
     process = start(way, *words)
     wait_for_step(folder, 3)
     victim = process.pid
-    if target == "launcher":  # the first child of `pkd launch`, which took the script's place
+    if target == "terminal":
+        victim = -process.pid  # all that it holds
+    elif target == "launcher":  # the first child of `pkd launch`, which took the script's place
         victim = int(subprocess.run(["pgrep", "-o", "-P", str(victim)], capture_output=True, text=True).stdout)
     elif target == "rank":
         victim = json.loads((folder / "ranks" / "distill.json").read_text())["ranks"][1]["pid"]
@@ -119,7 +126,9 @@ def test_mistakes_end_a_launch_with_code_2_before_any_rank_starts(tiny, new_run,
     assert "did you mean 'epochs'" in refused(1, *words, "distill.epoch=3")
     assert "--phases is tech" in refused(1, *words, "--phases", "tech")
     assert "--nodes is 2" in refused(1, *words, "--nodes", 2)
-    assert "job array" in refused(1, *words, "--teacher", "level0", "--teacher", "level1-0")
+    assert "--sbatch is for jobs to submit, but --on is torchrun" in refused(1, *words, "--sbatch=--partition=gpu")
+    assert "add --phases teach" in refused(1, *words, "--teacher", "level0")
+    assert "job array" in refused(1, *words, "--phases", "teach", "--teacher", "level0", "--teacher", "level1-0")
     assert "SLURM_JOB_ID" in refused(1, *words[:-1], "srun")
     assert "allocation" in refused(1, *words[:-1], "srun", "--nodes", 2)
     assert "did you mean 'level0'" in refused(1, *words[:-1], "slurm", "--teacher", "levle0", "--phases", "teach")
@@ -148,9 +157,33 @@ def test_a_dry_run_prints_the_commands_and_starts_nothing(tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_only_teachers_that_the_objective_asks_are_trained(tiny, tmp_path):
+    """A specialist may be named all the same."""
+    words, top = ("launch", tiny, "--run-folder", tmp_path / "new", "--dry-run", "--on"), "objective.kind=top"
+    plan = run(1, *words, "here", "objective.kind=alone")[0].out.splitlines()
+    assert [line.split(" -m pkd ")[1].split()[0] for line in plan if " -m pkd " in line] == ["distill", "evaluate"]
+    out = run(1, *words, "slurm", top)[0].out
+    assert "teach-top" in out and "teach-specialists" not in out and "afterok:<id of teach-top> --kill" in out
+    folder, recipe = tmp_path / "run", load_recipe(str(tiny), [top, "teachers.steps=4", "teachers.evaluate_every=2"])
+    teach = ("teach", tiny, top, "teachers.steps=4", "teachers.evaluate_every=2", "--run-folder", folder)
+    said = run(1, *teach)[0].out
+    assert "teacher level0: step 2 of 4, validation" in said
+    assert [path.name for path in (folder / "teachers").glob("*.json")] == ["level0.json"]
+    done = {name: is_done(Order(recipe, [str(tiny)], folder, "here", 1, ("teach",), name), "teach")
+            for name in (None, "level0", "level1-0")}
+    assert done == {None: True, "level0": True, "level1-0": False}
+    assert "next is distill, 1 of 1 teachers done" in run(1, "status", folder)[0].out
+    run(1, *teach, "--teacher", "level1-0")
+    assert is_done(Order(recipe, [str(tiny)], folder, "here", 1, ("teach",), "level1-0"), "teach")
+
+
 def test_status_tells_where_a_run_stands_while_it_runs(tiny, new_run):
     folder, teachers_from = new_run("run")
     assert "holds no run" in refused(1, "status", folder)
+    folder.mkdir()
+    (folder / "jobs.json").write_text('{"teach-top": "7"}')
+    assert "submitted, nothing has begun yet" in run(1, "status", folder)[0].out
+    assert json.loads(run(1, "status", folder, "--json")[0].out)["phase"] == "submitted"
     process = start("torchrun", tiny, teachers_from, "--run-folder", folder, "--phases", "distill", "distill.epochs=500")
     wait_for_step(folder, 14)
     said = run(1, "status", folder)[0].out

@@ -18,6 +18,7 @@ from pkd.norm import BatchNorm
 from pkd.recipe import Model
 from pkd.small_models import SMALL_MODELS
 from pkd.vision import torchvision
+from pkd.weights_file import described_by
 
 RESNET_S = Model(name="pkd_resnet_s")
 
@@ -155,6 +156,18 @@ class NoArguments(nn.Linear):
         super().__init__(1, 1)
 
 
+class Frozen(OneConvolution):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.layers[0].bias.requires_grad_(False)
+
+
+class Tied(OneConvolution):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.again = self.layers[1]
+
+
 def not_a_network(num_classes):
     raise AssertionError("only classes of networks are called, whatever a recipe names")
 
@@ -165,7 +178,9 @@ def test_a_class_of_ones_own_is_a_model_and_its_failures_are_named(monkeypatch):
     assert network.channels == 3 and isinstance(network.backbone.layers[1], BatchNorm)
     assert network(_images(2, 1, 8, 8)).shape == (2, 6)
     for attribute, reason in {"Absent": "could not be imported", "NoArguments": "TypeError",
-                              "not_a_network": "no torch.nn.Module class", "TwoOutputs": "returned a tuple"}.items():
+                              "not_a_network": "no torch.nn.Module class", "TwoOutputs": "returned a tuple",
+                              "Frozen": "1 frozen parameters, such as layers.0.bias",
+                              "Tied": "one tensor under two names, layers.1.weight and again.weight"}.items():
         with pytest.raises(UserError, match=f"mine:{attribute}.*{reason}"):
             build(Model(name=f"mine:{attribute}"), 6, 1, (8, 8))
     with pytest.raises(UserError, match="2 x 2 pixels"):
@@ -219,6 +234,12 @@ def test_a_file_of_weights_brings_the_normalisation_that_stands_beside_it(tmp_pa
     (tmp_path / "weights.json").write_text('{"mean": [0.1], "std": [0.3]}')
     assert build(model, 10, 1, (8, 8)).normalisation == ((0.1,), (0.3,))
     assert build(model.model_copy(update={"mean": (0.2,)}), 10, 1, (8, 8)).normalisation == ((0.2,), (0.3,))
+    for name, beside in (("a.safetensors.index.json", "a.json"), ("model.safetensors", "config.json")):  # large; of the hub
+        assert described_by(tmp_path / name)[-1] == tmp_path / beside
+    hub = tmp_path / "model.safetensors"
+    path.rename(hub)
+    (tmp_path / "weights.json").rename(tmp_path / "config.json")
+    assert build(model.model_copy(update={"weights": str(hub)}), 10, 1, (8, 8)).normalisation == ((0.1,), (0.3,))
 
 
 def test_a_vision_transformer_is_as_large_as_its_images():

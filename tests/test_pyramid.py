@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from pkd.errors import UserError
 from pkd.pyramid import Pyramid, build_pyramid
+from pkd.recipe import Level
 from pkd.recipe_file import parse_recipe
 
 quick = settings(max_examples=100, deadline=None)
@@ -114,6 +115,15 @@ def test_the_top_may_be_a_list_in_any_order(order):
     assert build({"classes": [list(order)]}).teachers[0].classes == tuple(range(8))
 
 
+def test_an_id_that_is_another_classs_name_is_refused_and_a_name_in_quotes_is_taken():
+    """Folders 0 to 11 are sorted as text: 10 has the id 2."""
+    folders, top = tuple(sorted(map(str, range(12)))), Level(model={"name": "pkd_mobile"}, teachers=1)
+    level = Level(model={"name": "pkd_mobile"}, classes=[[0, 1, "2"]])
+    assert build_pyramid((top, level), folders, 0).teachers[1].classes == (0, 1, 4)
+    with pytest.raises(UserError, match=r"holds the id 2, but a class is named 2, too, and has the id 4"):
+        build_pyramid((top, Level(model={"name": "pkd_mobile"}, classes=[[0, 1, 2]])), folders, 0)
+
+
 REFUSED = {
     "the top lacks a class": [{"classes": [list(range(7))]}],
     "two top teachers": [{"teachers": 2}],
@@ -155,6 +165,7 @@ def test_a_pyramid_that_cannot_be_is_refused_in_one_line(levels):
     ([TOP, {"teachers": 5}], ["pyramid.1", "5 teachers over 8 classes", "at most 4"]),
     ([TOP, {"classes": [[0], [1, 2]]}], ["pyramid.1.classes", "[0]", "at least 2"]),
     ([TOP, {"classes": [[0, 1, 0]]}], ["pyramid.1.classes", "[0, 1, 0]", "once"]),
+    ([TOP, {"classes": [[True, False]]}], ["classes"]),
 ])
 def test_a_refusal_says_where_what_and_the_numbers(levels, words):
     with pytest.raises(UserError) as refusal:

@@ -151,6 +151,24 @@ def test_overrides_reach_into_maps_and_lists_and_make_the_maps_they_need(tmp_pat
     assert recipe.placement.replicas == {"level0": 1, "level1-0": 1}
 
 
+def test_an_override_is_of_one_place_where_the_file_says_the_same_by_an_anchor(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, "students": "HERE"}).replace("students: HERE", """students:
+- &first {name: one, model: &net {name: pkd_mobile}, lr: 0.05}
+- {<<: *first, name: two}
+- {name: three, model: *net}"""))
+    recipe = load_recipe(str(path), ["students.0.model.width=2"])
+    assert [student.model.width for student in recipe.students] == [2, 1, 1]
+    path.write_text("&all\n- *all\n")
+    assert len(str(refusal_of(path)).splitlines()) == 1
+
+
+def refusal_of(path) -> UserError:
+    with pytest.raises(UserError) as refusal:
+        load_recipe(str(path))
+    return refusal.value
+
+
 def changed(override: str) -> Recipe:
     """The small recipe, all its keys written out, with one override."""
     tree = copy.deepcopy(FULL)

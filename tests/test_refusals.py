@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import refused, run
+from ranks import Ranks, refused, run
 
 from pkd.files import write_json
 from pkd.tensor_file import read_tensors, write_tensors
@@ -161,6 +161,27 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_is_named(tiny, new_run):
                        "students.1.schedule=constant", "placement.kind=dedicated")
     assert "student shuffle" in sentence and "step" in sentence
     assert not (folder / "students").exists()
+
+
+def test_a_teacher_that_diverges_is_refused_and_its_last_good_checkpoint_kept(tiny, tmp_path):
+    """In the last two steps, of which no vote tells any more, and long before, with a save that is due after every step."""
+    words = ("teach", tiny, "objective.kind=top", "teachers.lr=1e30", "teachers.schedule=constant", "--run-folder")
+    said = refused(2, *words, tmp_path / "short", "teachers.steps=2")
+    assert "the loss of teacher level0 was not finite at step 1" in said
+    words = ("teach", tiny, "objective.kind=top", "pyramid.0.model=own_model:Fading", "--run-folder")
+    said = refused(1, *words, tmp_path / "long", "checkpoint_minutes=0.000001", "teachers.evaluate_every=30")
+    saved = list((tmp_path / "long").glob("teachers/level0.training/step-*/network-*-weights.safetensors"))
+    assert "not finite at step 6" in said and saved
+    assert all(value.isfinite().all() for path in saved for value in read_tensors(path).values())
+
+
+def test_a_device_that_is_too_small_is_a_mistake_with_a_remedy(tiny, new_run):
+    folder, teachers_from = new_run("run")
+    ended = Ranks(2, "distill", tiny, "--run-folder", folder, teachers_from, "students.0.model=own_model:Greedy",
+                  "placement.kind=dedicated").wait()
+    assert ended[0].code == 2 and ended[1].code != 0
+    assert "rank 0 ran out of its device's memory" in ended[0].err and "placement.accumulation" in ended[0].err
+    assert json.loads((folder / "state" / "distill.json").read_text())["state"] == "refused", "no job tries that again"
 
 
 @pytest.mark.parametrize(("stage", "words"), [("zero1", "the loss of student mobile"), ("zero3", "a student's gradient")])

@@ -243,6 +243,7 @@ def test_a_real_browser_shows_the_page_and_asks_for_nothing_else(what, served, p
     assert "CONSOLE" not in ended.stderr, ended.stderr[-2000:]
     assert asked == [f"/{page}"]
     own = [line for line in log.read_text().splitlines() if f'"initiator":"{origin}"' in line]  # else the browser's own
+    assert '"initiator":' in log.read_text(), "it says who asked for what"
     assert not re.findall(r'"url":"(?!data:)[^"]*"', "".join(own))
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
     assert pixels.shape[:2] == (height, 1200)

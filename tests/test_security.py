@@ -70,8 +70,7 @@ def test_a_teacher_a_student_or_a_checkpoint_that_is_a_pickle_is_refused_unread(
 
 def test_a_recipe_that_asks_for_a_python_object_is_refused(tiny, tmp_path):
     recipe, path = tmp_path / "recipe.yaml", tmp_path / "executed"
-    recipe.write_text(tiny.read_text().replace("seed:", f"sed: !!python/object/apply:os.mkdir [{path}]\nseed:", 1)
-                      + f"seed: !!python/object/apply:os.mkdir [{path}]\n")
+    recipe.write_text(tiny.read_text() + f"seed: !!python/object/apply:os.mkdir [{path}]\n")
     assert "python/object" in refused(1, "plan", recipe)
     assert "python/object" in refused(1, "plan", tiny, f"seed=!!python/object/apply:os.mkdir [{path}]")
     assert not path.exists()

@@ -1,8 +1,11 @@
 """How often a Slurm job is queued again, and under which name; without Slurm."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
-from pkd import slurm_job
+from pkd import slurm_chain, slurm_job
 from pkd.console import Console
 from pkd.slurm_job import TRIES, job_id, may_try_again
 
@@ -23,6 +26,15 @@ def test_an_element_of_an_array_has_a_name_of_its_own(monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "70")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert job_id() == "70_3"
+
+
+def test_a_job_finds_the_pkd_that_submits_it(monkeypatch, tmp_path):
+    """Wherever its environment lies, and whether or not that was activated: sbatch hands the environment on."""
+    seen = []
+    monkeypatch.setattr(slurm_chain, "ask", lambda *argv, env: seen.append(env["PATH"]) or "7")
+    monkeypatch.setenv("PATH", "/usr/bin")
+    slurm_chain.submit([slurm_chain.Submission("distill", (), ())], tmp_path / "script", [], tmp_path, Console(quiet=True))
+    assert seen == [f"{Path(sys.executable).parent}:/usr/bin"]
 
 
 def test_fruitless_starts_are_counted_by_outcome_and_begin_anew_after_giving_up(again):

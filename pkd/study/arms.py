@@ -8,7 +8,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from pkd.cost import network_cost, training_flops
 from pkd.errors import UserError, nearest
-from pkd.pyramid import build_pyramid, foreseen, teacher_names
+from pkd.objective import asked_names
+from pkd.pyramid import build_pyramid, foreseen
 from pkd.recipe import Level, Name, Recipe
 
 Shape = tuple[int, int, tuple[int, int]]  # classes, channels, (height, width)
@@ -148,7 +149,7 @@ def refuse_unequal(base: Recipe, arm: Arm, recipe: Recipe) -> None:
 
 def fitting_shards(recipe: Recipe) -> tuple[str, ...]:
     """A change that leaves teachers out of placement.shards which an arm does not ask."""
-    names = {"alone": [], "top": ["level0"]}.get(recipe.objective.kind, teacher_names(recipe.pyramid))
+    names = asked_names(recipe.objective.kind, recipe.pyramid)
     kept = {name: ranks for name, ranks in recipe.placement.shards.items() if name in names}
     return (_as("placement.shards", kept),) if kept != recipe.placement.shards else ()
 

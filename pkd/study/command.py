@@ -56,6 +56,11 @@ class Study:
         if arguments.only_seed is not None and arguments.only_seed not in self.seeds:
             raise UserError(f"--only-seed is {arguments.only_seed}, but --seeds asks for {', '.join(map(str, self.seeds))}: "
                             "name one of these")
+        if self.way == "slurm" and arguments.only_seed is not None:
+            raise UserError(f"--only-seed is {arguments.only_seed}, but --on slurm submits an element for every seed: ask "
+                            f"for --seeds {arguments.only_seed}, instead")
+        if arguments.sbatch and self.way != "slurm":
+            raise UserError(f"--sbatch is for jobs to submit, but --on is {self.way}: use --on slurm, or leave it out")
         self.folder = arguments.study_folder or Path("studies") / self.base.name
         self.ranks = world_of(self.way, arguments.nodes, arguments.ranks_per_node)
         quick = self.base.data.model_copy(update={"cache_gib": 0.0})  # no image is looked at here

@@ -121,9 +121,12 @@ class Bench:
         self.folder, self.steps, self.recipes = folder, steps, recipes(folder, self.forward, self.rows)
         self.ours = enough(2 * steps + AHEAD, AHEAD, ANSWERS["answer_steps"])
         self.timed = steady(0, self.ours, AHEAD, ANSWERS["answer_steps"])
-        self.commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True,
-                                     text=True).stdout.strip()  # what is measured: let nobody edit it meanwhile
-        changed = subprocess.run(["git", "diff", "HEAD"], cwd=REPOSITORY, capture_output=True).stdout
+        # What is measured: let nobody edit it meanwhile. Pages of results, such as the one that this writes, are not.
+        def git(*words: str) -> bytes:
+            return subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True).stdout
+
+        changed = git("diff", "HEAD", "--", ".", ":(exclude)tests/bench/RESULTS*.md")
+        self.commit = git("describe", "--always").decode().strip() + "-dirty" * bool(changed)
         asked = json.dumps([steps, self.forward, self.rows, ANSWERS]).encode()
         self.kept = folder / f"rates-{self.commit}-{hashlib.sha256(asked + changed).hexdigest()[:8]}.json"
         self.memory: dict[str, dict[str, int]] = {}  # program -> role -> peak bytes of the largest rank

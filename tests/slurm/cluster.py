@@ -147,7 +147,8 @@ class Cluster:
         kept = {key: value for key, value in os.environ.items() if not LAUNCHER.match(key)}
         # the directory as it is: in a virtual environment python is a link to one that lacks its packages
         path = f"{os.path.dirname(sys.executable)}:{search_path()}"
-        return {**kept, "PATH": path, **(extra or {}), "SLURM_CONF": str(self.conf)}
+        cache = str(self.folder / "cache")  # timings of this session, and of no other
+        return {**kept, "PATH": path, "XDG_CACHE_HOME": cache, **(extra or {}), "SLURM_CONF": str(self.conf)}
 
     def slurm(self, *arguments, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 60.0) -> str:
         """The output of a client (squeue, scontrol, srun, ...) run on the controller's host; its failure is an error."""
