@@ -138,7 +138,7 @@ class Planner:
             return False
         islands = [range(first, first + share) for first in range(0, students, share)]
         needed = self.work.student_memory(students, self.accumulation)
-        return all(map(self.known.apart, islands)) and all(needed <= self.known.usable(rank) for rank in range(students))
+        return needed <= self.known.usable_by_all(students) and all(map(self.known.apart, islands))
 
     def _shares(self, hosts: int, room: list[float], load: list[float] | None = None) -> list[tuple[list[str], float]]:
         work = self.work

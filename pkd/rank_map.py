@@ -26,6 +26,10 @@ class Ranks:
         """Whether no two of these ranks share a device."""
         return not self.devices or len({self.devices[rank] for rank in ranks}) == len(ranks)
 
+    def usable_by_all(self, count: int) -> float:
+        """By each of the first so many ranks."""
+        return USABLE * min(self.memory[:count]) if self.memory else float("inf")
+
     def usable(self, rank: int) -> float:
         return USABLE * self.memory[rank] if self.memory else float("inf")
 

@@ -72,7 +72,8 @@ class _Shelves:
     def fewest(self, name: str, load: float, most: int) -> int:
         """The least number of replicas whose shares are at most `load`, or else the most there may be."""
         count = next((r for r in range(1, most) if self.share(name, r) <= load * (1 + 1e-9)), most)
-        return next(r for r in range(1, count + 1) if self.share(name, r) <= self.share(name, count) * (1 + 1e-9))
+        blocks = math.ceil(self.blocks.get(name, 0.0))
+        return math.ceil(blocks / math.ceil(blocks / count)) if blocks else count  # fewer may do as many blocks each
 
     def spread(self, replicas: dict[str, int], fixed: dict[str, int], ranks: int, most: int) -> None:
         """More replicas of the heaviest until there are as many as ranks, or no more can be."""
@@ -97,8 +98,9 @@ class _Shelves:
         free = list(self.room)
         heap = [(load, 0, rank) for rank, load in enumerate(self.besides)]  # load, teachers, rank
         heapq.heapify(heap)
+        shares = {name: self.share(name, replicas[name]) for name in names}
         for name in names:
-            size, share = self.sizes.get(name, 0), self.share(name, replicas[name])
+            size, share = self.sizes.get(name, 0), shares[name]
             taken, full = [], []
             while heap and len(taken) < replicas[name]:
                 entry = heapq.heappop(heap)
@@ -112,7 +114,7 @@ class _Shelves:
             for entry in full:
                 heapq.heappush(heap, entry)
         order = {name: index for index, name in enumerate(self.costs)}
-        return [(sorted(names, key=order.__getitem__), sum(self.share(n, replicas[n]) for n in names)) for names in hosted]
+        return [(sorted(names, key=order.__getitem__), sum(map(shares.__getitem__, names))) for names in hosted]
 
     def why_not(self, replicas: dict[str, int]) -> str:
         needed = sum(self.sizes.get(name, 0) * replicas[name] for name in self.costs)

@@ -157,7 +157,7 @@ class Workload:
         """Bytes of a rank that answers for teachers, besides their weights (and besides what it trains)."""
         return self.teacher_memory + 2 * self.together * self.batch * self.image  # all images, and one teacher's of them
 
-    @property
+    @cached_property
     def slots(self) -> float:
         """Bytes of the window's buffers, large enough for every teacher's answers."""
         return (self.window + self.together) * sum(2 * self.batch * teacher.width for teacher in self.teachers.values())
