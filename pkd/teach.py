@@ -226,8 +226,9 @@ class Lesson:
 
     def _save(self) -> None:
         """Not of weights that are not finite: the ballot is about to stop it all, and the last good checkpoint must stay."""
-        if not all(bool(value.isfinite().all()) for value in self.engine.network_state(0, WEIGHTS).values()):
-            return  # every rank has them whole and finds the same
+        finite = all(bool(value.isfinite().all()) for value in self.engine.network_state(0, WEIGHTS).values())
+        if self.ballot.maximum([not finite])[0]:  # one rank's device may be at fault, and all of them save or none
+            return
         self.job.run.check_locks()
         tensors = {"best": self.best_weights} if self.best else {}
         progress = {"best": self.best, "rates": self.rates.to_json(), "identity": self._identity()}
