@@ -3,15 +3,20 @@
 Its imports cost a rank three seconds of CPU time, more than most of what is tested, and the suite starts hundreds. All else
 is as if each were started afresh: processes, sockets, signals, output and exit codes are real. What matters before the
 imports are done (a signal in the first seconds, DeepSpeed's chatter) is tested with ranks that launchers start.
+
+What a forked rank starts with `python -m`, pkd or torch's launcher, is forked by the same server: sys.executable is a script
+there that asks for it.
 """
 
 import atexit
 import functools
 import gc
+import importlib
 import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,16 +28,16 @@ MESSAGE = 2**17  # bytes; an environment is far smaller
 
 
 class Forked:
-    """One `python -m pkd <arguments>`, with the methods of subprocess.Popen that the tests use."""
+    """One `python -m pkd <arguments>`, with the methods of subprocess.Popen that the tests use.
 
-    def __init__(self, arguments: list[str], env: dict[str, str], cwd: Path):
+    function: "module:name" of what is called with the arguments instead.
+    """
+
+    def __init__(self, arguments: list, env: dict[str, str], cwd: Path, function: str | None = None):
         self.out, self.err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115 (read in the end)
         self.returncode: int | None = None
-        self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.connection.connect(_server(Path(__file__).resolve().parent.parent))
-        request = json.dumps({"arguments": arguments, "env": env, "cwd": str(cwd)}).encode()
-        socket.send_fds(self.connection, [request], [self.out.fileno(), self.err.fileno()])
-        self.pid = int(self.connection.recv(MESSAGE))
+        asked = {"module": "pkd", "function": function, "arguments": arguments, "env": env, "cwd": str(cwd)}
+        self.connection, self.pid = _ask(_server(Path(__file__).resolve().parent.parent), asked, self.out, self.err)
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
@@ -60,6 +65,14 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+def _ask(address: str, asked: dict, out, err) -> tuple[socket.socket, int]:
+    """A connection over which the rank's exit code comes, and whose end is the rank's; and the rank's pid."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect(address)
+    socket.send_fds(connection, [json.dumps(asked).encode()], [out.fileno(), err.fileno()])
+    return connection, int(connection.recv(MESSAGE))
+
+
 @functools.cache
 def _server(repository: Path) -> str:
     """The address of this process's server; it ends when its standard input does, thus with this process."""
@@ -76,16 +89,16 @@ def _server(repository: Path) -> str:
     def end() -> None:
         server.stdin.close()
         server.wait()
-        Path(address).unlink(missing_ok=True)
-        os.rmdir(folder)
+        shutil.rmtree(folder)
     atexit.register(end)
     return address
 
 
-def serve(address: str) -> None:
-    """Fork for each connection, until standard input ends. Returns only in a forked rank, which then runs pkd."""
+def serve(address: str) -> dict:
+    """Fork for each connection, until standard input ends. Returns only in a forked rank: what it is to run."""
     import accelerate  # noqa: F401  (what a command imports when it needs it, too)
-    import torch._dynamo  # noqa: F401  (torch.optim imports it at its first step)
+    import torch._dynamo  # torch.optim imports it at its first step
+    import torch.distributed.run  # noqa: F401
 
     import pkd.archive
     import pkd.bench
@@ -102,6 +115,10 @@ def serve(address: str) -> None:
     from pkd.ds_config import import_deepspeed
 
     import_deepspeed()
+    python = Path(address).with_name("python")
+    python.write_text(f'#!/bin/sh\nif [ "$1" = -m ]; then shift; exec {sys.executable} -S {__file__} {address} "$@"; fi\n'
+                      f'exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
     gc.freeze()  # or every rank's collector, and its end, would look at all that was imported, and so copy it
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server.bind(address)
@@ -115,11 +132,12 @@ def serve(address: str) -> None:
         if os.fork() == 0:
             server.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            sys.executable = str(python)
             return _begin(connection)
         connection.close()
 
 
-def _begin(connection: socket.socket) -> None:
+def _begin(connection: socket.socket) -> dict:
     """In a fork of the server: fork the rank, tell its pid and in the end its exit code. Returns in the rank only."""
     message, (out, err), *_ = socket.recv_fds(connection, MESSAGE, 2)
     request = json.loads(message)
@@ -128,6 +146,9 @@ def _begin(connection: socket.socket) -> None:
         connection.send(str(pid).encode())
         os.close(out)
         os.close(err)
+        if connection in select.select([connection, os.pidfd_open(pid)], [], [])[0]:
+            os.kill(pid, signal.SIGKILL)  # who asked for the rank is gone
+            os._exit(1)
         connection.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
         os._exit(0)
     connection.close()
@@ -138,10 +159,40 @@ def _begin(connection: socket.socket) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
-    sys.argv = ["pkd", *request["arguments"]]
     sys.path[0] = request["cwd"]
+    return request
+
+
+def stand_in(address: str, module: str, arguments: list[str]) -> int:
+    """Be the process that was started in a rank's place: signals go on to it, and its exit code is this one's."""
+    passed_on = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)
+    asked = {"module": module, "function": None, "arguments": arguments, "env": dict(os.environ), "cwd": os.getcwd()}
+    connection, pid = _ask(address, asked, sys.stdout, sys.stderr)
+
+    def pass_on(number: int, _) -> None:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass  # its exit code is on its way
+
+    for number in passed_on:
+        signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
+    code = int(connection.recv(MESSAGE))
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
-    runpy.run_module("pkd", run_name="__main__", alter_sys=True)
+    if sys.argv[2:]:
+        sys.exit(stand_in(sys.argv[1], sys.argv[2], sys.argv[3:]))
+    asked = serve(sys.argv[1])
+    if asked["function"]:
+        module, name = asked["function"].split(":")
+        getattr(importlib.import_module(module), name)(*asked["arguments"])
+    else:
+        sys.argv = [asked["module"], *asked["arguments"]]
+        runpy.run_module(asked["module"], run_name="__main__", alter_sys=True)

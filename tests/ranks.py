@@ -90,6 +90,15 @@ def run(world: int, *arguments, timeout: float = 120.0, **options) -> list[Ended
     return ended
 
 
+def spawn(function, *arguments, ranks: int) -> None:
+    """function(rank, *arguments) in so many processes, which must all succeed; of arguments that JSON has."""
+    name = f"{function.__module__}:{function.__name__}"
+    started = Ranks(0)
+    started.processes = [Forked([rank, *arguments], clean_environment(), REPOSITORY, name) for rank in range(ranks)]
+    ended = started.wait(500)
+    assert [one.code for one in ended] == [0] * ranks, [(one.code, one.err[-2000:]) for one in ended]
+
+
 def refused(world: int, *arguments, **options) -> str:
     """Run pkd and return the one sentence with which it must end: exit code 2 everywhere, said once, no traceback."""
     ended = Ranks(world, *arguments, **options).wait()

@@ -8,8 +8,7 @@ import os
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from ranks import free_port
+from ranks import free_port, spawn
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 STEPS = 2  # the second is the first with momentum
@@ -115,7 +114,7 @@ def worker(rank, port, path):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     path = tmp_path_factory.mktemp("engine") / "found"
-    mp.spawn(worker, (free_port(), str(path)), nprocs=2)
+    spawn(worker, free_port(), str(path), ranks=2)
     with open(path, "rb") as file:
         return torch.load(file, weights_only=True)
 

@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from ranks import Ranks, refused, run, students, trace
+from ranks import LIGHT, Ranks, refused, run, students, trace
 
 from pkd.files import sha256
 from pkd.tensor_file import read_tensors, write_tensors
@@ -21,21 +21,29 @@ def flip_a_byte(path):
 def stopped(tiny, taught, tmp_path_factory):
     """A run cut short twice, so that it has two checkpoints."""
     folder = tmp_path_factory.mktemp("faults")
-    start = ("distill", tiny, f"teachers_from={taught}")
+    start = ("distill", tiny, f"teachers_from={taught}", *LIGHT)
     for steps in (4, 8):
         run(1, *start, "--run-folder", folder / "cut", "--steps", steps)
     return folder, start
 
 
+@pytest.fixture(scope="module")
+def whole(stopped):
+    """The same run, that nothing disturbed."""
+    folder, start = stopped
+    run(1, *start, "--run-folder", folder / "whole")
+    return folder / "whole"
+
+
 @pytest.mark.parametrize("name", ["network-mobile-weights.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_refused_by_its_checksum_and_the_one_before_it_used(stopped, finished, tmp_path, name):
+def test_a_damaged_checkpoint_is_refused_by_its_checksum_and_the_one_before_it_used(stopped, whole, tmp_path, name):
     folder, start = stopped
     shutil.copytree(folder / "cut", tmp_path / "run")
     flip_a_byte(tmp_path / "run" / "checkpoints" / "step-8" / name)
     ended = run(1, *start, "--run-folder", tmp_path / "run")
     said = " ".join(ended[0].out.split())
     assert "step-8 is damaged" in said and name in said and "step-4" in said
-    assert (trace(tmp_path / "run"), students(tmp_path / "run")) == (trace(finished), students(finished))
+    assert (trace(tmp_path / "run"), students(tmp_path / "run")) == (trace(whole), students(whole))
 
 
 def test_without_a_whole_checkpoint_the_run_is_refused_and_nothing_lost(stopped, tmp_path):
@@ -60,16 +68,16 @@ def test_checkpoints_are_chosen_by_step_not_by_clock_and_two_are_kept(stopped, t
     assert not list((tmp_path / "run").rglob("*.partial"))
 
 
-def test_metrics_after_the_checkpoint_are_dropped_on_resume(stopped, finished, tmp_path):
+def test_metrics_after_the_checkpoint_are_dropped_on_resume(stopped, whole, tmp_path):
     folder, start = stopped
     shutil.copytree(folder / "cut", tmp_path / "run")
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"epoch": 7, "step": 99}) + "\n" + '{"half a li')
     run(1, *start, "--run-folder", tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    whole = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert [line["train"] for line in lines] == [line["train"] for line in whole]
-    assert [line["validation"] for line in lines] == [line["validation"] for line in whole]
+    expected = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train"] for line in lines] == [line["train"] for line in expected]
+    assert [line["validation"] for line in lines] == [line["validation"] for line in expected]
 
 
 def test_a_teacher_that_diverged_is_named_by_the_rank_that_asks_it(tiny, taught, tmp_path):

@@ -3,9 +3,8 @@
 import json
 
 import pytest
-import torch.multiprocessing as mp
 from bench.memory import CONFIGS, element_and_stage, worker
-from ranks import free_port
+from ranks import free_port, spawn
 
 from pkd.workload import student_bytes
 
@@ -13,7 +12,7 @@ from pkd.workload import student_bytes
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("memory")
-    mp.spawn(worker, (2, free_port(), str(folder)), nprocs=2)
+    spawn(worker, 2, free_port(), str(folder), ranks=2)
     return json.loads((folder / "2").read_text())
 
 

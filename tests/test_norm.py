@@ -6,6 +6,7 @@ import datetime
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import spawn
 from torch import nn
 from torch.testing import assert_close
 
@@ -148,4 +149,4 @@ def _rank_of_three(rank, folder):
 
 
 def test_over_a_group_uneven_batches_are_one_batch(tmp_path):
-    torch.multiprocessing.spawn(_rank_of_three, (str(tmp_path),), nprocs=3)
+    spawn(_rank_of_three, str(tmp_path), ranks=3)

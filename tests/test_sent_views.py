@@ -5,7 +5,7 @@ import time
 
 import pytest
 from PIL import Image
-from ranks import Ranks, run, students, trace, wait_for_step
+from ranks import LIGHT, Ranks, run, students, trace, wait_for_step
 from sklearn.datasets import load_digits
 
 DEDICATED, CO_LOCATED, SENT, DIRECT = ("placement.kind=dedicated", "placement.kind=co-located", "teacher_views=sent",
@@ -23,7 +23,7 @@ def files(tmp_path_factory):
         path.parent.mkdir(exist_ok=True)
         Image.fromarray((digits.images[index] * 255 / 16).astype("uint8")).save(path)
     return (f"data={{name: folder, path: {folder}, cache_gib: 0, workers: 1}}", "distill.epochs=1", "views.flip=true",
-            "teachers.steps=10")
+            "teachers.steps=10", *LIGHT)
 
 
 @pytest.fixture(scope="module")

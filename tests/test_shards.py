@@ -2,12 +2,12 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from live_storages import live_storages, storages
-from ranks import Ranks, free_port, refused, run, students, trace, wait_for_step
+from ranks import LIGHT, Ranks, free_port, refused, run, spawn, students, trace, wait_for_step
 
 from pkd.models import build
 from pkd.recipe import Model, Timeouts
@@ -19,13 +19,18 @@ ONE_STUDENT = "placement.student_ranks=1"
 
 def distilled(world, tiny, new, *overrides):
     folder, teachers_from = new
-    run(world, "distill", tiny, "--run-folder", folder, teachers_from, *overrides)
+    run(world, "distill", tiny, "--run-folder", folder, teachers_from, *LIGHT, *overrides)
     return trace(folder), students(folder)
 
 
-def test_losses_are_equal_bit_for_bit_whether_a_teacher_is_whole_or_in_shards(tiny, new_run, finished):
+@pytest.fixture(scope="module")
+def whole(tiny, taught, tmp_path_factory):
+    """What students become whose teachers are whole, on a rank of their own."""
+    return distilled(2, tiny, (tmp_path_factory.mktemp("whole") / "run", f"teachers_from={taught}"), DEDICATED)
+
+
+def test_losses_are_equal_bit_for_bit_whether_a_teacher_is_whole_or_in_shards(tiny, new_run, whole):
     """Invariant 1: on ranks of its own, by itself and beside whole teachers, offloaded or not, and on all ranks."""
-    whole = trace(finished), students(finished)
     assert distilled(3, tiny, new_run("apart"), DEDICATED, ONE_STUDENT, "placement.shards.level0=2") == whole
     every = "placement.shards={level0: 2, level1-0: 2, level1-1: 2, level2-0: 2, level2-1: 2, level2-2: 2}"
     assert distilled(3, tiny, new_run("every teacher"), DEDICATED, ONE_STUDENT, every,
@@ -35,9 +40,9 @@ def test_losses_are_equal_bit_for_bit_whether_a_teacher_is_whole_or_in_shards(ti
     assert distilled(2, tiny, new_run("over all"), *last, "placement.shards.level0=2") == both
 
 
-def test_a_killed_rank_of_a_shard_group_ends_the_job_and_it_comes_to_the_same_students(tiny, new_run, finished):
+def test_a_killed_rank_of_a_shard_group_ends_the_job_and_it_comes_to_the_same_students(tiny, new_run, whole):
     """Invariant 5 and 6: kill -9 of the rank that does not send, which only its own group talks to."""
-    place = (DEDICATED, ONE_STUDENT, "placement.shards.level0=2")
+    place = (DEDICATED, ONE_STUDENT, "placement.shards.level0=2", *LIGHT)
     folder, teachers_from = new_run("disturbed")
     ranks = Ranks(3, "distill", tiny, "--run-folder", folder, teachers_from, *place)
     wait_for_step(folder, 3)
@@ -47,7 +52,7 @@ def test_a_killed_rank_of_a_shard_group_ends_the_job_and_it_comes_to_the_same_st
     assert time.monotonic() - began < 20, "a dead rank ends the job within seconds"
     assert all(one.code != 0 for one in ended)
     run(3, "distill", tiny, "--run-folder", folder, teachers_from, *place)
-    assert (trace(folder), students(folder)) == (trace(finished), students(finished))
+    assert (trace(folder), students(folder)) == whole
 
 
 @pytest.mark.parametrize(("world", "overrides", "words"), [
@@ -71,6 +76,7 @@ def worker(rank, port, folder):
     from pkd.weights_file import Weights
     from pkd.world import World
 
+    folder = Path(folder)
     index = folder / "w.safetensors.index.json"
     images = torch.randint(0, 256, (32, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     whole = build(BIG.model_copy(update={"weights": str(index)}), 10, 1, (8, 8)).eval()
@@ -101,7 +107,7 @@ def test_a_rank_holds_its_part_of_the_weights_and_never_all_of_them(tmp_path):
     state = build(BIG, 10, 1, (8, 8)).backbone.state_dict()
     size, largest = storages(state.values()), max(tensor.nbytes for tensor in state.values())
     write_weights(tmp_path / "w", state, most=size // 3)
-    mp.spawn(worker, (free_port(), tmp_path), nprocs=2)
+    spawn(worker, free_port(), str(tmp_path), ranks=2)
     for rank in range(2):
         found = torch.load(tmp_path / f"found-{rank}", weights_only=True)
         assert found["equal"]
