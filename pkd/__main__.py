@@ -8,7 +8,7 @@ from pkd.stop import catch_signals
 
 def main() -> int:
     """Training and launching only note a signal, from their first moment on; other commands die of it as usual."""
-    gc.set_threshold(100_000)  # imports make objects by the hundred thousand, which stay: looking for garbage is for later
+    gc.set_threshold(1_000_000)  # imports make objects by the hundred thousand, which stay: looking for garbage is for later
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
     if command in ("teach", "archive", "distill", "launch", "study"):
         catch_signals()

@@ -5,18 +5,28 @@ from rich.table import Table
 from pkd.predictions import ENSEMBLE
 
 
-def arms_table(study: dict) -> Table:
-    """Accuracy in % of every network, mean and standard deviation over seeds; calibration and loss of the ensemble."""
+def arms_rows(study: dict) -> list[list[str]]:
+    """Accuracy in % of every network, mean and standard deviation over seeds; calibration and loss of the ensemble. The
+    names of the columns come first.
+    """
     names = _networks(study)
-    out = Table(title=f"{study['recipe']}: accuracy in % on {study['test_images']} test images, mean ± sd over seeds")
-    for column in ("arm", "seeds", "teachers' cost", "ensemble, validation", *names, "ECE %", "NLL"):
-        out.add_column(column, justify="left" if column == "arm" else "right")
+    rows = [["arm", "seeds", "teachers' cost", "ensemble, validation", *names, "ECE %", "NLL"]]
     for arm, own in study["arms"].items():
         networks = own["networks"]
-        out.add_row(arm, str(len(own["seeds"])), f"{own['teacher_flops'] / study['pyramid_flops']:.2f}",
-                    _spread(networks[ENSEMBLE]["validation_accuracy"], 100, 1),
-                    *(_spread(networks[name]["accuracy"], 100, 1) if name in networks else "" for name in names),
-                    _spread(networks[ENSEMBLE]["calibration_error"], 100, 1), _spread(networks[ENSEMBLE]["loss"], 1, 3))
+        rows.append([arm, str(len(own["seeds"])), f"{own['teacher_flops'] / study['pyramid_flops']:.2f}",
+                     _spread(networks[ENSEMBLE]["validation_accuracy"], 100, 1),
+                     *(_spread(networks[name]["accuracy"], 100, 1) if name in networks else "" for name in names),
+                     _spread(networks[ENSEMBLE]["calibration_error"], 100, 1), _spread(networks[ENSEMBLE]["loss"], 1, 3)])
+    return rows
+
+
+def arms_table(study: dict) -> Table:
+    columns, *rows = arms_rows(study)
+    out = Table(title=f"{study['recipe']}: accuracy in % on {study['test_images']} test images, mean ± sd over seeds")
+    for column in columns:
+        out.add_column(column, justify="left" if column == "arm" else "right")
+    for row in rows:
+        out.add_row(*row)
     return out
 
 
