@@ -2,21 +2,28 @@
 # The studies of the shipped recipes, five seeds each, as many at once as there are cores, one process and core each:
 #   ./launch/studies.sh [digits] [fashion-mnist] [glyphs]      all three without arguments
 # Results lie in launch/studies/<recipe>/results, a few KB an arm and seed; what is there is not run again. SEEDS="0 1" runs
-# some, ARMS=top,composed only those. The set of glyphs is rendered first, from the fonts that launch/render_glyphs.py names.
+# some, ARMS=top,composed,random only those arms. The set of glyphs is rendered first, from the fonts that
+# launch/render_glyphs.py names.
 set -euo pipefail
 status=0
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./launch/setup.sh
 (($#)) || set -- digits fashion-mnist glyphs
 for recipe in "$@"; do
-    more=(--arm paper-all="objective={kind: paper, routes: all}"
-          --arm paper-batch="objective={kind: paper, denominator: batch}")
-    if [[ $recipe == glyphs ]]; then
-        [[ -f data/glyphs.npz ]] || .venv/bin/python launch/render_glyphs.py || { status=$?; continue; }
-        more+=(--arm contiguous="pyramid.1.partition=contiguous pyramid.2.partition=contiguous"
-               --arm random="pyramid.1.partition=random pyramid.2.partition=random")
-    fi
-    [[ -z ${ARMS:-} ]] || more=(--arms "$ARMS")
+    # Beside the arms of every study: options of the paper's objective, and other ways to group the classes.
+    arms=("paper-all=objective={kind: paper, routes: all}" "paper-batch=objective={kind: paper, denominator: batch}")
+    case $recipe in
+        digits) arms+=("confusion=pyramid.1.partition=confusion") ;;
+        fashion-mnist) arms+=("confusion=pyramid.1={teachers: 2, partition: confusion, model: pkd_resnet_s}") ;;
+        glyphs)
+            [[ -f data/glyphs.npz ]] || .venv/bin/python launch/render_glyphs.py || { status=$?; continue; }
+            arms+=("contiguous=pyramid.1.partition=contiguous pyramid.2.partition=contiguous"
+                   "random=pyramid.1.partition=random pyramid.2.partition=random") ;;
+    esac
+    more=(${ARMS:+--arms "$ARMS"})
+    for arm in "${arms[@]}"; do
+        [[ -n ${ARMS:-} && ,$ARMS, != *,${arm%%=*},* ]] || more+=(--arm "$arm")
+    done
     place=launch/studies/$recipe
     mkdir -p "$place"
     # The recipe as it was when its study began, for later results to be of the same one.

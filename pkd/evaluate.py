@@ -67,7 +67,8 @@ def evaluate(path: Path, console: Console, overrides: list[str], limit: int | No
     summary = {
         "recipe": recipe.name, "identity": read_json(path / "run.json")["identity"], "seed": recipe.seed,
         "fingerprint": data.fingerprint, "world_size": done["world_size"], "placement": done["placement"],
-        "complete": done["complete"] and limit is None, "evaluated": time.time(),
+        "made_by": done.get("made_by", "an earlier pkd"), "complete": done["complete"] and limit is None,
+        "evaluated": time.time(),
         "teachers": {teacher.name: _teacher(run, recipe, teacher, data, views, limit, device, console)
                      for teacher in teachers},
         "students": {own["name"]: {"accuracy": accuracy, "loss": loss, "calibration_error": calibration[own["name"]],

@@ -25,7 +25,7 @@ def export_hub(run: RunFolder, students: list[tuple[Network, dict]], folder: Pat
     """Write the folder. Raises UserError for a run that was not evaluated, for the model card states its figures, and for
     what is no study.
     """
-    arms = None
+    arms = arm = None
     if study is not None:
         if not (study / "study.json").exists():
             raise UserError(f"--study {study} has no study.json: give the folder of a study, or run pkd study first")
@@ -34,6 +34,7 @@ def export_hub(run: RunFolder, students: list[tuple[Network, dict]], folder: Pat
             raise UserError(f"--study {study} is of recipe {arms.get('recipe')}, but run {run.path} of {name}: give the "
                             "folder of its own study")
         _refuse_other(study, arms, run)
+        arm = _arm_of(study, run)
     if not (run.path / "summary.json").exists():
         raise UserError(f"run {run.path} has no summary.json, whose figures the model card states: run pkd evaluate first")
     summary = read_json(run.path / "summary.json")
@@ -47,7 +48,7 @@ def export_hub(run: RunFolder, students: list[tuple[Network, dict]], folder: Pat
     if not alone:
         write_json(folder / f"{CONFIG}.json", {"students": names, "prediction": PREDICTION,
                                                **_labels(students[0][1]["classes"])})
-    card = model_card(recipe_of(run, []), summary, [facts for _, facts in students], arms)
+    card = model_card(recipe_of(run, []), summary, [facts for _, facts in students], arms, arm)
     write_bytes(folder / "README.md", card.encode())
 
 
@@ -61,6 +62,16 @@ def _refuse_other(study: Path, arms: dict, run: RunFolder) -> None:
     if arms.get("fingerprint") != read_json(run.students / "students.json").get("fingerprint"):
         raise UserError(f"--study {study} is of other images or another split than run {run.path}: give the folder of its "
                         "own study")
+
+
+def _arm_of(study: Path, run: RunFolder) -> str | None:
+    """The arm of a study that is made as this run is, but for its seed."""
+    mine = as_of_now(read_json(run.path / "run.json")["recipe"]) | {"seed": 0}
+    for path in sorted(study.glob("results/*.json")):
+        result = read_json(path)
+        if as_of_now(result["recipe"]) | {"seed": 0} == mine:
+            return result["arm"]
+    return None
 
 
 def _student(folder: Path, network: Network, facts: dict) -> None:
@@ -83,6 +94,6 @@ def _preprocessing(facts: dict) -> dict:
     height, width = facts["view_size"]
     return {"do_convert_rgb": facts["channels"] == 3,
             "do_resize": height == width, "resample": 2, "size": {"shortest_edge": min(height, width)},  # 2: bilinear
-            "do_center_crop": True, "crop_size": {"height": height, "width": width},
+            "do_center_crop": height == width, "crop_size": {"height": height, "width": width},
             "do_rescale": True, "rescale_factor": 1 / 255, "input_size": facts["input_size"],
             "do_normalize": True, "image_mean": facts["mean"], "image_std": facts["std"]}

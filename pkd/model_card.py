@@ -1,10 +1,13 @@
 """The model card of an export: what it was made of, what it reaches, how it is loaded; Markdown with YAML in front."""
 
+import re
+
 import yaml
 
 from pkd.objective import constants
 from pkd.predictions import ENSEMBLE
 from pkd.recipe import Recipe
+from pkd.study.table import caveats
 
 FACTS, WEIGHTS, IMAGE = "exported/mobile.json", "exported/mobile.safetensors", "flower.jpg"  # as the snippet names them
 SNIPPET = """\
@@ -27,8 +30,11 @@ print(dict(zip(facts["classes"], logits.softmax(1)[0].tolist())))
 LISTED = 100  # classes; config.json has them all
 
 
-def model_card(recipe: Recipe, summary: dict, students: list[dict], study: dict | None = None) -> str:
-    """students: their JSON files' contents, one or all of the run; summary: of summary.json; study: of study.json."""
+def model_card(recipe: Recipe, summary: dict, students: list[dict], study: dict | None = None,
+               arm: str | None = None) -> str:
+    """students: their JSON files' contents, one or all of the run; summary: of summary.json; study: of study.json; arm: that
+    of the study which the run is.
+    """
     alone = len(students) == 1
     name = students[0]["name"] if alone else "ensemble"
     figures = summary["students"][name] if alone else summary["ensemble"]
@@ -56,7 +62,7 @@ def model_card(recipe: Recipe, summary: dict, students: list[dict], study: dict 
         "## Data", "", *_data(recipe, students[0]), "",
         "## Training", "", *_training(recipe, summary), "",
         "## Figures", "", *_figures(summary), "",
-        *(["## Compared with", "", *_study(study), ""] if study else []),
+        *(["## Compared with", "", *_study(study, arm), ""] if study else []),
         "## How to load it", "", *_loading(students),
     ]
     return "\n".join(parts) + "\n"
@@ -64,7 +70,7 @@ def model_card(recipe: Recipe, summary: dict, students: list[dict], study: dict 
 
 def _data(recipe: Recipe, facts: dict) -> list[str]:
     height, width = facts["view_size"]
-    classes = [" ".join(name.split()) for name in facts["classes"]]
+    classes = [re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", " ".join(name.split())) for name in facts["classes"]]
     more = f" and {len(classes) - LISTED} more" if len(classes) > LISTED else ""
     return [f"Data set `{recipe.data.name}`, {'grey' if facts['channels'] == 1 else 'colour'} images of {height} x {width} "
             f"pixels (height x width), splits by seed {recipe.data.seed}. Classes, in the order of the logits: "
@@ -97,14 +103,15 @@ def _figures(summary: dict) -> list[str]:
               f"{100 * own['validation_accuracy']:.1f} | {own['parameters']:,} |" for name, own in rows)]
 
 
-def _study(study: dict) -> list[str]:
-    """The arms, and what decides between them."""
+def _study(study: dict, arm: str | None) -> list[str]:
+    """The arms, what decides between them, and what a reader must know of that."""
     def spread(figure: list) -> str:
         mean, sd = figure
         return f"{100 * mean:.1f}" + (f" ± {100 * sd:.1f}" if sd is not None else "")
     lines = [f"Arms of the study {study['recipe']}, equal students and training in all: accuracy in % of the ensemble on "
              f"{study['test_images']} test images, mean ± standard deviation over seeds; teachers' cost is the arithmetic "
-             "of their training, the pyramid's being 1.", "",
+             "of their training and answers, the pyramid's being 1. "
+             + (f"These students are made as in the arm `{arm}`." if arm else "These students are of none of its arms."), "",
              "| arm | what it is | seeds | teachers' cost | accuracy % |", "|---|---|---|---|---|"]
     lines += [f"| {name} | {own['title']} | {', '.join(map(str, own['seeds']))} | "
               f"{own['teacher_flops'] / study['pyramid_flops']:.2f} | {spread(own['networks'][ENSEMBLE]['accuracy'])} |"
@@ -114,7 +121,8 @@ def _study(study: dict) -> list[str]:
             low, high = one["interval"]
             lines += ["", f"{one['arm']} against {one['against']}, the best control (both chosen by validation): "
                       f"{100 * one['difference']:+.2f} points, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}."]
-    return lines
+    read = f"the test split was read {study['test_readings']} times in all"
+    return [*lines, "", *(f"- {text}." for text in (*caveats(study), read))]
 
 
 def _loading(students: list[dict]) -> list[str]:

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pkd import checkpoint
+from pkd import __version__, checkpoint
 from pkd.distill_setup import Setup
 from pkd.engine import Engine
 from pkd.files import append_line, read_lines, write_json
+from pkd.hardware import hardware
 from pkd.metrics import Sums, drop_lines_after
 from pkd.network_file import write_network
 from pkd.rates import Rates
@@ -141,7 +142,9 @@ class Progress:
         write_json(self.job.run.students / "students.json", {
             "students": self.names, "complete": whole, "epochs": self.epoch, "teachers": self.setup.teacher_hashes,
             "fingerprint": self.setup.data.fingerprint, "soft_targets": self.setup.soft_targets,
-            "world_size": self.job.world.size, "placement": self.setup.placement.to_json()})
+            "world_size": self.job.world.size, "placement": self.setup.placement.to_json(),
+            "made_by": f"pkd {__version__}, torch {torch.__version__}, {hardware(self.job.world.device).device}, "
+                       f"deepspeed.students {self.recipe.deepspeed.students}"})
         self.job.run.mark("distill", "finished", complete=whole)
 
     def show(self, epoch: int, step: int, last: int) -> None:

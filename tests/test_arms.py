@@ -7,17 +7,17 @@ from pkd.errors import UserError
 from pkd.objective import asked, constants
 from pkd.pyramid import build_pyramid
 from pkd.recipe_file import load_recipe
-from pkd.study.arms import built_in, choose, level_flops, own_arm, pyramid_flops, refuse_unequal, student_flops
+from pkd.study.arms import answers, built_in, choose, own_arm, pyramid_flops, refuse_unequal, student_flops, teacher_flops
 from pkd.study.teachers import folder_name, teacher_words
 
-SHAPE = (10, 1, (8, 8))
+SHAPE, SAMPLES = (10, 1, (8, 8)), 1456
 CLASSES = tuple("0123456789")
 EQUAL = {"views", "data", "distill", "seed", "students"}
 
 
 def arms(*changes: str):
     """Name -> arm, and name -> recipe, of the arms of digits with changes."""
-    known, out = built_in(load_recipe("digits", changes), SHAPE, CLASSES)
+    known, out = built_in(load_recipe("digits", changes), SHAPE, CLASSES, SAMPLES)
     recipes = {arm.name: load_recipe("digits", [*changes, *arm.changes]) for arm in known}
     return {arm.name: arm for arm in known}, recipes, out
 
@@ -25,7 +25,7 @@ def arms(*changes: str):
 def cost_of(recipe) -> float:
     pyramid = build_pyramid(recipe.pyramid, CLASSES, recipe.seed)
     teachers = [pyramid.teachers[index] for index in asked(recipe.objective.kind, pyramid)]
-    return sum(level_flops(recipe, recipe.pyramid[t.level], (len(t.classes), *SHAPE[1:])) for t in teachers)
+    return sum(teacher_flops(recipe, recipe.pyramid[t.level], len(t.classes), SHAPE, SAMPLES) for t in teachers)
 
 
 @pytest.mark.parametrize("changes", [(), ("objective.kind=paper",), ("views.affine=null",),
@@ -64,6 +64,8 @@ def test_controls_cost_what_the_pyramid_costs():
     known, recipes, _ = arms("pyramid.0.model=pkd_resnet_s", "pyramid.1.teachers=4")
     whole = cost_of(recipes["composed"])
     assert len(recipes["peers"].pyramid) == 5 and recipes["top-long"].teachers.steps > 2900
+    longest, every = recipes["top-long"].teachers.steps, recipes["composed"].teachers.steps
+    assert longest > 4.9 * every, "a single teacher answers once, where the pyramid's five all answer"
     assert len(recipes["peers-long"].pyramid) == 2 and recipes["peers-long"].objective.kind == "composed"
     for name in ("peers", "top-long", "peers-long"):
         assert known[name].control
@@ -71,19 +73,31 @@ def test_controls_cost_what_the_pyramid_costs():
     assert cost_of(recipes["alone"]) == 0 and cost_of(recipes["top"]) == pytest.approx(whole / 5, rel=0.02)
 
 
-def test_costs_are_three_forwards_a_sample_of_every_step():
+def test_costs_are_three_forwards_a_sample_of_every_step_and_one_for_every_answer():
     recipe = load_recipe("digits")
     one = network_cost(recipe.pyramid[0].model, *SHAPE).flops
-    whole, top = pyramid_flops(recipe, SHAPE)
-    assert top == 3 * 64 * 600 * one and whole > top
+    whole, top = pyramid_flops(recipe, SHAPE, SAMPLES)
+    assert top == 3 * 64 * 600 * one + 30 * SAMPLES * one and whole > top
+    paper = load_recipe("digits", ["objective.kind=paper"])
+    half = network_cost(recipe.pyramid[1].model, 5, *SHAPE[1:]).flops
+    assert teacher_flops(recipe, recipe.pyramid[1], 5, SHAPE, SAMPLES) == (3 * 64 * 600 + 30 * SAMPLES) * half
+    assert teacher_flops(paper, recipe.pyramid[1], 5, SHAPE, SAMPLES) == (3 * 64 * 600 + 15 * SAMPLES) * half
+    for views, seen in (("views={}", 1), ("views.finite=2", 2), ("views.finite=99", 30), ("views.finite=null", 30)):
+        assert answers(load_recipe("digits", [views]), SAMPLES) == seen * SAMPLES
     per_image = sum(network_cost(student.model, *SHAPE).flops for student in recipe.students)
-    assert student_flops(recipe, SHAPE, 1456) == 3 * per_image * 30 * 64 * 22
+    assert student_flops(recipe, SHAPE, SAMPLES) == 3 * per_image * 30 * 64 * 22
 
 
 def test_the_recipes_own_constants_are_those_of_its_kind():
     _, recipes, _ = arms("objective={kind: composed, temperature: 2}")
     assert recipes["composed"].objective.temperature == 2 and recipes["paper"].objective.temperature is None
     assert recipes["peers"].objective == recipes["composed"].objective, "or a gain of theirs would be the pyramid's"
+    assert recipes["top-own"].objective.kind == "top" and recipes["top-own"].objective.temperature == 2
+    assert recipes["top-long"].objective == recipes["top-own"].objective and recipes["top"].objective.temperature == 4
+    assert "top-own" not in arms()[1] and "recipe" not in arms()[1]
+    known, recipes, _ = arms("objective={kind: top, temperature: 2}")
+    assert known["recipe"].changes == () and recipes["recipe"].objective.temperature == 2
+    assert "recipe" not in arms("objective.kind=top")[1] and "recipe" in arms("objective={kind: alone, ensemble: [1, 1]}")[1]
     _, recipes, _ = arms("objective={kind: paper, weights: [0.1, 0.2], ensemble: [0.5, 0.5]}")
     assert recipes["paper"].objective.weights == (0.1, 0.2) == recipes["paper-plain"].objective.weights
     assert recipes["paper-plain"].objective.ensemble == (0, 0)
@@ -126,7 +140,7 @@ def test_an_arm_of_ones_own_is_a_name_and_changes():
     for text, why in (("soft", "holds no changes"), ("soft=x", "holds no changes"), ("../up=seed=1", "file name")):
         with pytest.raises(UserError, match=why):
             own_arm(text)
-    known, out = built_in(load_recipe("digits"), SHAPE, CLASSES)
+    known, out = built_in(load_recipe("digits"), SHAPE, CLASSES, SAMPLES)
     with pytest.raises(UserError, match="already"):
         choose(known, out, [own_arm("top=seed=1")], None)
     with pytest.raises(UserError, match="did you mean 'paper'"):

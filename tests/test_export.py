@@ -124,8 +124,11 @@ def test_a_card_states_the_arms_of_a_study_where_there_is_one(evaluated, tmp_pat
     write_json(tmp_path / "data" / "study.json", {**found, "recipe": "tiny", "fingerprint": "another"})
     longer = {**mine, "distill": {**mine["distill"], "epochs": 99}}
     write_json(tmp_path / "longer" / "study.json", {**found, "recipe": "tiny", "study": longer})
+    for seed, recipe in ((4, {**mine, "seed": 4}), (5, longer)):
+        write_json(tmp_path / "study" / "results" / f"composed-seed-{seed}.json", {"arm": f"mine-{seed}", "recipe": recipe})
     run(1, "export", evaluated, "--to", tmp_path / "hub", "--format", "hub", "--study", tmp_path / "study")
     text = huggingface_hub.ModelCard.load(tmp_path / "hub" / "README.md").text
+    assert "made as in the arm `mine-4`" in text and "read 4 times in all" in text
     assert "| composed | composed | 0, 1 | 1.00 | " in text and "composed against top, the best control" in text
     assert "no study.json" in refused(1, "export", evaluated, "--to", tmp_path / "b", "--format", "hub", "--study", tmp_path)
     assert "is of recipe made-up" in refused(1, "export", evaluated, "--to", tmp_path / "b", "--format", "hub", "--study",

@@ -18,7 +18,7 @@ from pkd.errors import UserError
 from pkd.files import write_json
 from pkd.lock import Lock
 from pkd.study.command import Study, seeds
-from pkd.study.results import go_on_counting, keep_readings, packed, readings, right
+from pkd.study.results import all_readings, go_on_counting, keep_readings, packed, readings, right
 from pkd.study.table import arms_table, differences_table, remarks
 
 
@@ -41,7 +41,7 @@ def test_the_best_control_is_chosen_by_validation():
     mean, sd = found["arms"]["composed"]["networks"]["ensemble"]["accuracy"]
     assert mean == pytest.approx(0.95, abs=0.03) and sd > 0
     gap = next(one for one in deciding if one["arm"] == "composed")
-    assert gap["interval"][0] > 0.2 and gap["interval"][0] <= gap["difference"] <= gap["interval"][1] and gap["seeds"] == 2
+    assert gap["interval"][0] > 0.15 and gap["interval"][0] <= gap["difference"] <= gap["interval"][1] and gap["seeds"] == 2
     assert found["test_readings"] == 8 and found["arms"]["composed"]["teachers"] == {"level0": 0.95}
 
 
@@ -92,7 +92,7 @@ def test_an_arm_that_was_screened_only_blocks_the_verdict_if_it_was_better_and_i
         more = [made_up(arm, seed, 0.9, 0.7, control, 2.0) for seed in range(many)]
         found = figures_of([*confirmed, *more], arms, (0, 1, 2))
         assert [(one["arm"], one["against"]) for one in found["differences"] if one["decides"]] == [("composed", "top")]
-    assert any("75 % with three" in text for text in remarks(found))
+    assert not any("single seed" in text for text in remarks(found))
 
 
 def test_a_control_of_the_pyramids_compute_must_have_all_seeds_too():
@@ -226,6 +226,24 @@ def test_results_outlive_keys_that_recipes_get_later(studied, tiny, tmp_path):
     assert "no result yet" in refused(1, *words(tiny, tmp_path / "other"), "--table")
 
 
+def test_a_choice_among_seeds_is_no_choice_among_verdicts():
+    """Seeds that all arms have count, whether a call names them or not."""
+    results = [made_up("top", seed, 0.8, 0.8, True, 2.0) for seed in range(3)]
+    results += [made_up("composed", seed, 0.9, 0.9, False, 2.0) for seed in range(3)]
+    assert figures_of(results, ["top", "composed"], (0, 1)) | {"written": 0} == \
+        figures_of(results, ["top", "composed"], (0, 1, 2)) | {"written": 0}
+
+
+def test_students_of_other_batches_decide_nothing_and_results_of_other_versions_are_told():
+    results = [made_up(arm, seed, accuracy, accuracy, control, 2.0) for seed in range(3)
+               for arm, accuracy, control in (("top", 0.8, True), ("composed", 0.9, False))]
+    results[0] |= {"micro_batch": 16, "made_by": "another pkd"}
+    found = figures_of(results, ["top", "composed"], (0, 1, 2))
+    assert not any(one["decides"] for one in found["differences"])
+    said = " ".join(remarks(found))
+    assert "saw 16 or 32 samples at once" in said and "results are of another pkd and of pkd" in said
+
+
 def test_readings_of_the_test_split_are_counted_over_runs_that_were_deleted(tmp_path):
     for seed, (kept, now) in enumerate([(None, None), (None, 2), (3, None), (3, 1), (3, 4)]):
         for path, count in ((f"readings/top-seed-{seed}.json", kept), (f"runs/top-seed-{seed}/test-readings.json", now)):
@@ -241,6 +259,8 @@ def test_readings_of_the_test_split_are_counted_over_runs_that_were_deleted(tmp_
                 "test_readings": now or kept}, "a run that is there counts for itself"
         else:
             assert not list(tmp_path.iterdir())
+    gone = {"arm": "alone", "seed": 0, "test_readings": 2}
+    assert all_readings(tmp_path, [gone, {**gone, "arm": "top", "seed": 4}]) == 2 + 3 + 3 + 4 + 2
 
 
 def test_an_arm_of_ones_own_without_specialists_is_a_control(tiny, tmp_path):
@@ -258,6 +278,13 @@ def test_results_of_other_settings_are_refused(studied, tiny, tmp_path):
     shutil.copytree(studied[0] / "results", tmp_path / "results")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
     assert "study of another recipe" in refusal(*words(tiny, tmp_path), "distill.epochs=9")
+    softer = ("--arm", "soft=objective={kind: alone, ensemble: [0.5, 0.5]}", "--arms", "soft")
+    shutil.copy(tmp_path / "results" / "alone-seed-0.json", tmp_path / "kept.json")
+    text = (tmp_path / "kept.json").read_text().replace('"arm": "alone"', '"arm": "soft"')
+    (tmp_path / "results" / "soft-seed-0.json").write_text(text)
+    later = [word if str(word) != "0,1" else "2,3" for word in words(tiny, tmp_path)]
+    assert "soft-seed-0.json is of other settings" in refusal(*later, *softer), "an arm is one thing, whatever its seeds"
+    (tmp_path / "results" / "soft-seed-0.json").unlink()
     (tmp_path / "results" / "alone-seed-0.json").rename(tmp_path / "results" / "mine-seed-0.json")
     assert "give it that name again" in refusal(*words(tiny, tmp_path))
     path = tmp_path / "results" / "mine-seed-0.json"

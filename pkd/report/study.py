@@ -11,7 +11,7 @@ from pkd.report.page import Page, Section, Table
 from pkd.report.study_facts import ENSEMBLE, Study, has_interval, interval, points, spread
 from pkd.report.study_plots import compute, forest
 from pkd.report.style import Plot, counted, percent, short
-from pkd.study.table import coverage, unequal
+from pkd.study.table import caveats
 
 
 def page_of(path: Path) -> Page:
@@ -41,11 +41,7 @@ def _notes(study: Study) -> list[str]:
     if not tree["complete"]:
         some = ", ".join(tree["missing"][:8]) + f" and {len(tree['missing']) - 8} more" * (len(tree["missing"]) > 8)
         notes.append(f"The study is not complete ({counted(study.runs, 'run')} done); not finished: {some}.")
-    notes += [text[0].upper() + text[1:] + "." for text in (*tree["undecided"], *coverage(tree), *unequal(tree))]
-    if tree["dearer"]:
-        notes.append(f"Teachers of {', '.join(tree['dearer'])} cost more than the pyramid, for which the controls are not "
-                     "made: such an arm decides nothing.")
-    return notes
+    return notes + [text[0].upper() + text[1:] + "." for text in caveats(tree)]
 
 
 def _cards(study: Study) -> list[tuple[str, str]]:
@@ -109,7 +105,7 @@ def _table(study: Study) -> Section:
     meant = [[name, study.arms[name]["title"], "; ".join(study.arms[name]["changes"])] for name in order]
     return Section("Arms", [
         "Test accuracy in %, mean ± standard deviation over seeds; loss and calibration error (%) are the ensemble's. Costs "
-        "are the arithmetic of training, that of the recipe's pyramid being 1. ★: the best control."], [
+        "are the arithmetic of training and of teachers' answers, the recipe's pyramid being 1. ★: the best control."], [
         Table("Every arm, the best ensemble first", head, rows,
               marked=frozenset(index for index, name in enumerate(order) if name == study.control)),
         Table("What the arms are", ["", "what it is", "changes to the recipe"], meant, words=frozenset({0, 1, 2})),

@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import matplotlib
+from matplotlib import font_manager
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+# matplotlib's own, then what may be there for letters that it lacks; a page's texts are the browser's.
+FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Droid Sans Fallback", "IPAGothic", "WenQuanYi Zen Hei")
 NOTHING = "-"  # in place of a figure that is not there
 PIXELS_PER_INCH = 96  # as a browser shows them; texts of 9 points are then 12 pixels high
 
@@ -43,6 +46,7 @@ class Theme:
     def settings(self) -> dict:
         """matplotlib's; class names with $ in them are no mathematics."""
         return {
+            "font.family": [name for name in FONTS if name in font_manager.get_font_names()],
             "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "pkd", "font.size": 9, "axes.titlesize": 10,
             "axes.titlelocation": "left", "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
             "axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.6, "grid.color": self.line,

@@ -8,9 +8,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from pkd.cost import network_cost, training_flops
 from pkd.errors import UserError, nearest
-from pkd.objective import asked_names
+from pkd.objective import Constants, asked_names, constants
 from pkd.pyramid import build_pyramid, foreseen
-from pkd.recipe import Level, Name, Recipe
+from pkd.recipe import Level, Name, Objective, Recipe
 
 Shape = tuple[int, int, tuple[int, int]]  # classes, channels, (height, width)
 
@@ -27,19 +27,27 @@ class Arm:
     control: bool = False
 
 
-def pyramid_flops(recipe: Recipe, shape: Shape) -> tuple[float, float]:
-    """What it costs to train the recipe's whole pyramid, and its top alone; groups by confusion count as even shares."""
-    classes, *view = shape
+def pyramid_flops(recipe: Recipe, shape: Shape, samples: int) -> tuple[float, float]:
+    """What the recipe's whole pyramid costs, and its top alone; groups by confusion count as even shares. samples: training
+    images.
+    """
     costs = []
     for level in recipe.pyramid:
-        counts = [len(group) for group in level.classes or ()] or [-(-classes // level.teachers)] * level.teachers
-        costs.append(sum(level_flops(recipe, level, (count, *view)) for count in counts))
+        counts = [len(group) for group in level.classes or ()] or [-(-shape[0] // level.teachers)] * level.teachers
+        costs.append(sum(teacher_flops(recipe, level, count, shape, samples) for count in counts))
     return sum(costs), costs[0]
 
 
-def level_flops(recipe: Recipe, level: Level, shape: Shape) -> float:
-    """What it costs to train one teacher of a level."""
-    return training_flops(network_cost(level.model, *shape), recipe.teachers.batch, recipe.teachers.steps)
+def teacher_flops(recipe: Recipe, level: Level, classes: int, shape: Shape, samples: int) -> float:
+    """What one teacher costs that knows so many classes: its training, and its answers about all that students see."""
+    cost = network_cost(level.model, classes, *shape[1:])
+    asked = classes / shape[0] if constants(recipe, len(recipe.pyramid)).own else 1.0
+    return training_flops(cost, recipe.teachers.batch, recipe.teachers.steps) + asked * cost.flops * answers(recipe, samples)
+
+
+def answers(recipe: Recipe, samples: int) -> int:
+    """Different views of training images that students see: a teacher says something of each once."""
+    return samples * min(recipe.views.different or recipe.distill.epochs, recipe.distill.epochs)
 
 
 def student_flops(recipe: Recipe, shape: Shape, samples: int) -> float:
@@ -49,38 +57,54 @@ def student_flops(recipe: Recipe, shape: Shape, samples: int) -> float:
                for student in recipe.students)
 
 
-def built_in(recipe: Recipe, shape: Shape, classes: tuple[str, ...]) -> tuple[list[Arm], dict[str, str]]:
+def built_in(recipe: Recipe, shape: Shape, classes: tuple[str, ...], samples: int) -> tuple[list[Arm], dict[str, str]]:
     """The arms that every study has, and those that do not suit this recipe: name -> why."""
-    whole, top = pyramid_flops(recipe, shape)
-    ratio = whole / top
+    whole, top = pyramid_flops(recipe, shape, samples)
+    ratio, steps = whole / top, recipe.teachers.steps
     count = max(2, int(ratio + 0.5))
     alone = recipe.pyramid[0].model_dump(mode="json", exclude_unset=True)
-    long = max(1, round(recipe.teachers.steps * ratio))
+    forward = network_cost(recipe.pyramid[0].model, *shape).flops
+
+    def bought(cost: float) -> int:
+        """Steps of a teacher of the top's kind that costs so much, its answers included."""
+        return max(1, round((cost / forward - answers(recipe, samples)) / (3 * recipe.teachers.batch)))
+    long, each, half = (bought(whole / teachers) for teachers in (1, count, 2))
     paper = recipe.objective.model_dump(mode="json", exclude_unset=True) if recipe.objective.kind == "paper" \
         else {"kind": "paper"}
     composed = recipe.objective.model_dump(mode="json", exclude_unset=True) | {"kind": "composed"} \
         if recipe.objective.kind == "composed" else {"kind": "composed"}
-    only, soft = _as("pyramid", [alone]), _as("objective", {"kind": "top", "temperature": 4, "weights": [1]})
-    paper_20 = _as("objective", {"kind": "top", "temperature": 20, "weights": [0.6]})
-    each = max(1, round(recipe.teachers.steps * ratio / count))
+    only, labels = _as("pyramid", [alone]), {"kind": "alone"}
+    soft, paper_20 = ({"kind": "top", "temperature": t, "weights": [weight]} for t, weight in ((4, 1), (20, 0.6)))
+    # What the recipe's own constants gain is not the pyramid's: a single teacher has them, too.
+    like = composed | {"kind": "top"}
+    mine, known = _constants(recipe, like), [_constants(recipe, own) for own in (labels, soft, paper_20)]
+    best = soft if mine in known else like
+    its = "temperature 4, weight 1" if best == soft else "the recipe's own constants"
+    theirs = "the paper's objective" if len(paper) == 1 else "the paper's objective, the recipe's own constants"
     arms = [
-        Arm("alone", "labels only", (only, _as("objective", {"kind": "alone"})), True),
-        Arm("top", "the top teacher, temperature 4, weight 1", (only, soft), True),
-        Arm("top-t20", "the top teacher, temperature 20, weight 0.6", (only, paper_20), True),
-        Arm("peers", f"the mean of {count} teachers that know every class, each trained {ratio / count:.2f} times as long",
+        Arm("alone", "labels only", (only, _as("objective", labels)), True),
+        Arm("top", "the top teacher, temperature 4, weight 1", (only, _as("objective", soft)), True),
+        Arm("top-t20", "the top teacher, temperature 20, weight 0.6", (only, _as("objective", paper_20)), True),
+        *[Arm("top-own", f"the top teacher, {its}", (only, _as("objective", like)), True)] * (best == like),
+        Arm("peers", f"the mean of {count} teachers that know every class, each trained {each / steps:.2f} times as long",
             (_as("pyramid", [alone] * count), f"teachers.steps={each}", _as("objective", composed)), True),
-        Arm("top-long", f"one top teacher, trained {ratio:.1f} times as long",
-            (only, f"teachers.steps={long}", soft), True),
-        Arm("peers-long", f"the mean of 2 teachers that know every class, each trained {ratio / 2:.1f} times as long",
-            (_as("pyramid", [alone] * 2), f"teachers.steps={max(1, round(long / 2))}",
-             _as("objective", composed)), True),
-        Arm("paper-plain", "the paper's objective without its ensemble loss",
+        Arm("top-long", f"one top teacher, trained {long / steps:.1f} times as long, {its}",
+            (only, f"teachers.steps={long}", _as("objective", best)), True),
+        Arm("peers-long", f"the mean of 2 teachers that know every class, each trained {half / steps:.1f} times as long",
+            (_as("pyramid", [alone] * 2), f"teachers.steps={half}", _as("objective", composed)), True),
+        Arm("paper-plain", f"{theirs}, without its ensemble loss",
             (_as("objective", paper | {"ensemble": [0] * len(recipe.students)}),)),
-        Arm("paper", "the paper's objective", (_as("objective", paper),)),
+        Arm("paper", theirs, (_as("objective", paper),)),
         Arm("composed", "the composed objective", (_as("objective", composed),)),
     ]
+    if recipe.objective.kind in ("alone", "top") and constants(recipe, len(recipe.pyramid)) not in known:
+        arms.append(Arm("recipe", "the recipe as it is", ()))
     out = _unsuitable(recipe, classes, ratio, count)
     return [arm for arm in arms if arm.name not in out], out
+
+
+def _constants(recipe: Recipe, objective: dict) -> Constants:
+    return constants(recipe.model_copy(update={"objective": Objective(**objective)}), len(recipe.pyramid))
 
 
 def _unsuitable(recipe: Recipe, classes: tuple[str, ...], ratio: float, count: int) -> dict[str, str]:

@@ -22,7 +22,15 @@ from pkd.run_folder import RunFolder
 from pkd.shipped import shipped_file
 from pkd.study.arms import Arm, built_in, choose, fitting_shards, is_control, own_arm, pyramid_flops, refuse_unequal
 from pkd.study.figures import aggregate
-from pkd.study.results import go_on_counting, keep_readings, make_result, read_results, refuse_other, result_path
+from pkd.study.results import (
+    all_readings,
+    go_on_counting,
+    keep_readings,
+    make_result,
+    read_results,
+    refuse_other,
+    result_path,
+)
 from pkd.study.table import arms_table, differences_table, remarks
 from pkd.study.teachers import archived, folder_name, hand_on, teacher_words
 
@@ -66,16 +74,17 @@ class Study:
         quick = self.base.data.model_copy(update={"cache_gib": 0.0})  # no image is looked at here
         self.data: DataSet = load_data(quick)
         self.shape = (len(self.data.classes), self.data.channels, self.data.size)
-        known, self.left_out = built_in(self.base, self.shape, self.data.classes)
+        self.samples = len(self.data.splits["train"])
+        known, self.left_out = built_in(self.base, self.shape, self.data.classes, self.samples)
         wanted = arguments.arms.split(",") if arguments.arms else None
         self.arms = choose(known, self.left_out, [own_arm(text) for text in arguments.arm], wanted)
         self.trials = [self._trial(arm, seed) for seed in self.seeds for arm in self.arms]
         self.shown: set[Path] = set()  # by a dry run
         self.identity = identity(self.base.model_copy(update={"seed": 0}))
-        results = {(found["arm"], found["seed"]): found for found in self.results()}
-        for trial in self.trials:
-            if (trial.arm.name, trial.recipe.seed) in results:
-                refuse_other(self.folder, results[trial.arm.name, trial.recipe.seed], trial.recipe)
+        mine = {arm.name: arm for arm in self.arms}
+        for found in self.results():  # of other seeds, too: an arm is one thing
+            if found["arm"] in mine:
+                refuse_other(self.folder, found, self._trial(mine[found["arm"]], found["seed"]).recipe)
         unfinished = {trial.arm.name: trial for trial in self.trials if not self.is_done(trial)}
         for trial in unfinished.values() if not arguments.table else ():
             check_plan(trial.recipe, self.ranks, here=not self.way.startswith(("slurm", "srun")))
@@ -194,8 +203,10 @@ class Study:
 
     def aggregate(self) -> dict:
         """Write study.json anew from all results."""
-        found = aggregate(self.base.name, self.results(), [arm.name for arm in self.arms], self.seeds,
-                          pyramid_flops(self.base, self.shape)[0], len(self.data.classes))
+        results = self.results()
+        found = aggregate(self.base.name, results, [arm.name for arm in self.arms], self.seeds,
+                          pyramid_flops(self.base, self.shape, self.samples)[0], len(self.data.classes),
+                          all_readings(self.folder, results))
         write_json(self.folder / "study.json", found)
         return found
 

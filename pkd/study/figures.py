@@ -14,8 +14,9 @@ YARDSTICK = "top"  # every arm is compared with it, and with the best control
 
 
 def aggregate(name: str, results: list[dict], order: list[str], seeds: list[int], pyramid_flops: float,
-              classes: int) -> dict:
-    """order: the study's arms, seeds: its seeds; other arms that have results come after them.
+              classes: int, readings: int) -> dict:
+    """order: the study's arms, seeds: those that are asked for; seeds that all of these arms have count as asked for, too,
+    and other arms that have results come after them. readings: of the test split, with those of results that are gone.
 
     The best control and the challenger, the best of the other arms, are chosen by _best() among arms whose teachers cost no
     more than the pyramid's. The difference between these two decides, unless _undecided() knows why not.
@@ -24,6 +25,8 @@ def aggregate(name: str, results: list[dict], order: list[str], seeds: list[int]
     for result in results:
         by_arm.setdefault(result["arm"], {})[result["seed"]] = result
     arms = {arm: _arm(own) for arm, own in by_arm.items() if own}
+    shared = set.intersection(*(set(by_arm[arm]) for arm in order)) if order else set()
+    seeds = sorted({*seeds, *shared})  # a choice among seeds would be one among verdicts
     most = LONGER * pyramid_flops
     fair = [arm for arm in arms if arms[arm]["teacher_flops"] <= most]
     (best, chosen_on, rivals), (challenger, _, others) = (
@@ -39,11 +42,12 @@ def aggregate(name: str, results: list[dict], order: list[str], seeds: list[int]
         "recipe": name, "written": time.time(), "classes": classes,
         **{key: results[0].get(key) if results else None for key in ("study", "fingerprint", "test_images")},
         "seeds": sorted({result["seed"] for result in results}), "asked": list(seeds),
-        "test_readings": sum(result["test_readings"] for result in results),
+        "test_readings": readings,
         "complete": all(seed in by_arm[arm] for arm in order for seed in seeds),
         "missing": [f"{arm}-seed-{seed}" for arm in order for seed in seeds if seed not in by_arm[arm]],
         "world_sizes": sorted({result["world_size"] for result in results}),
-        "micro_batches": sorted({result["micro_batch"] for result in results}), "pyramid_flops": pyramid_flops,
+        "micro_batches": sorted({result["micro_batch"] for result in results}),
+        "made_by": sorted({result["made_by"] for result in results}), "pyramid_flops": pyramid_flops,
         "arms": arms, "best_control": best, "chosen_on": chosen_on, "challenger": challenger, "undecided": undecided,
         "dearer": [arm for arm in arms if arms[arm]["teacher_flops"] > most], "differences": differences}
 
@@ -61,6 +65,10 @@ def _undecided(by_arm: dict[str, dict[int, dict]], order: list[str], seeds: list
     if not equal:
         out.append("nothing decides, for no control that has all seeds asked for had the compute of the pyramid: take peers "
                    "or top-long into the study")
+    sizes = {result["micro_batch"] for arm in two for result in by_arm[arm].values()}
+    if len(sizes) > 1:
+        out.append(f"nothing decides, for students of {challenger} and {best} saw {' or '.join(map(str, sorted(sizes)))} "
+                   "samples at once: run those of one size again on as many ranks as the others")
     if len(by_arm[challenger]) < 2:
         out.append(f"nothing decides yet, for {challenger}, the best of the arms that are no controls, has a single seed: "
                    "run it and the best control with more --seeds")

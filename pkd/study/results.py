@@ -12,7 +12,7 @@ from pkd.files import read_json, write_json
 from pkd.predictions import Predictions
 from pkd.recipe import Recipe
 from pkd.recipe_file import difference, identity, parse_recipe
-from pkd.study.arms import Arm, level_flops, student_flops
+from pkd.study.arms import Arm, student_flops, teacher_flops
 
 FIGURES = ("accuracy", "loss", "calibration_error", "validation_accuracy", "validation_loss", "parameters")
 
@@ -30,12 +30,12 @@ def make_result(run: Path, study: dict, arm: Arm, recipe: Recipe, data: DataSet,
     if summary.get("fingerprint") != data.fingerprint:
         raise UserError(f"run {run} was evaluated on other images or another split than the data that are here: delete that "
                         "folder, or restore the data")
-    view = (data.channels, data.size)
+    shape, samples = (len(data.classes), data.channels, data.size), len(data.splits["train"])
     teachers, flops = {}, 0.0
     for name, teacher in summary["teachers"].items():
         teachers[name] = {"level": teacher["level"], "accuracy": teacher["accuracy"], "classes": len(teacher["classes"]),
                           "parameters": teacher["parameters"]}
-        flops += level_flops(recipe, recipe.pyramid[teacher["level"]], (len(teacher["classes"]), *view))
+        flops += teacher_flops(recipe, recipe.pyramid[teacher["level"]], len(teacher["classes"]), shape, samples)
     networks = {**summary["students"], "ensemble": summary["ensemble"]}
     asked = identity(recipe)
     return {
@@ -43,10 +43,11 @@ def make_result(run: Path, study: dict, arm: Arm, recipe: Recipe, data: DataSet,
         "recipe": asked, "study": study, "fingerprint": data.fingerprint,
         "test_readings": summary["test_readings"], "test_images": summary["test_images"],
         "world_size": summary["world_size"], "micro_batch": micro_batch(recipe, summary["placement"]),
+        "made_by": summary["made_by"],
         "networks": {name: {key: own[key] for key in FIGURES} for name, own in networks.items()},
         "correct": {name: packed(right.numpy()) for name, right in zip(said.names, said.correct)},
         "teachers": teachers, "teacher_flops": flops,
-        "student_flops": student_flops(recipe, (len(data.classes), *view), len(data.splits["train"])),
+        "student_flops": student_flops(recipe, shape, samples),
         "seconds": {"distill": summary["wall_seconds"], "this_start": seconds},
     }
 
@@ -55,6 +56,16 @@ def readings(folder: Path, arm: str, seed: int) -> int:
     """How often the test split was read for an arm and seed, by runs that were deleted since, too."""
     files = _kept_readings(folder, arm, seed), folder / "runs" / f"{arm}-seed-{seed}" / COUNT
     return max((read_json(file)["test_readings"] for file in files if file.exists()), default=0)
+
+
+def all_readings(folder: Path, results: list[dict]) -> int:
+    """How often the test split was read for a study, for results that are gone as well."""
+    files = ((path.name.removesuffix(".json"), read_json(path)) for path in (folder / "readings").glob("*.json"))
+    counts = {name: found["test_readings"] for name, found in files}
+    for result in results:
+        name = f"{result['arm']}-seed-{result['seed']}"
+        counts[name] = max(counts.get(name, 0), result["test_readings"])
+    return sum(counts.values())
 
 
 def keep_readings(folder: Path, arm: str, seed: int) -> None:
@@ -103,6 +114,7 @@ def read_results(folder: Path, study: dict, fingerprint: str) -> list[dict]:
                             "what is in that folder")
         found["test_readings"] = max(found["test_readings"], readings(folder, found["arm"], found["seed"]))
         found.setdefault("micro_batch", mine["distill"]["batch"] // found["world_size"])  # as all were that did not tell
+        found.setdefault("made_by", "an earlier pkd")
         if data != fingerprint:
             raise UserError(f"{path} was measured on other images or another split than the data that are here: give "
                             "another --study-folder, or restore the data")

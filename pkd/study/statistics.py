@@ -15,10 +15,12 @@ def crossed_bootstrap(one: np.ndarray, other: np.ndarray, resamples: int = RESAM
     """The mean of `one` minus that of `other`, and the percentile interval of it.
 
     one, other: bool or numbers [seeds, images], whether a network was right: paired by seed and image. Seeds and images are
-    drawn with replacement, apart from each other, the same ones for both arms (the pigeonhole bootstrap of Owen 2007, which
-    errs to the wide side for what seeds and images do together). Of n seeds n - 1 are drawn, because n would make the
-    variance between a few seeds too small by (n - 1) / n (Rao and Wu 1988); a single seed is not drawn at all: then the
-    interval speaks of test images only.
+    drawn apart from each other, the same ones for both arms (the pigeonhole bootstrap of Owen 2007, which errs to the wide
+    side for what seeds and images do together). Images are drawn with replacement. Seeds are so few that drawing them would
+    make too little of how they differ: they get weights 1/n + u_i / sqrt(n (n - 1)), u a centred normal vector divided by
+    the root of a chi-square over its n - 1 degrees of freedom (a multiplier bootstrap). Where images do not matter that is
+    Student's interval of the seeds' means, exact where these are normal, for two seeds as well. A single seed has weight 1:
+    then the interval speaks of test images only.
     """
     gap = one.astype(np.float64) - other.astype(np.float64)
     seeds, images = gap.shape
@@ -26,8 +28,10 @@ def crossed_bootstrap(one: np.ndarray, other: np.ndarray, resamples: int = RESAM
     # Images that differ in the same seeds in the same way are one kind: drawing images is drawing counts of kinds.
     kinds, counts = np.unique(gap, axis=1, return_counts=True)
     drawn = chance.multinomial(images, counts / images, size=resamples) / images  # [resamples, kinds]
-    draws = max(1, seeds - 1)
-    weight = chance.multinomial(draws, np.full(seeds, 1 / seeds), size=resamples) / draws if seeds > 1 else 1.0
+    weight = np.ones((1, 1))
+    if seeds > 1:
+        pull = chance.standard_normal((resamples, seeds)) / np.sqrt(chance.chisquare(seeds - 1, (resamples, 1)))
+        weight = 1 / seeds + (pull - pull.mean(1, keepdims=True)) / np.sqrt(seeds)
     means = ((drawn @ kinds.T) * weight).sum(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(gap.mean()), float(low), float(high)

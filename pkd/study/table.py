@@ -58,39 +58,39 @@ def remarks(study: dict) -> list[str]:
         out.append(f"best control by validation on {which}: {study['best_control']}"
                    + (f"; the best of the others, and the one that may decide against it: {study['challenger']}"
                       if study["challenger"] else ""))
-    out += study["undecided"] + coverage(study)
-    out += unequal(study)
-    if study["dearer"]:
-        out.append(f"teachers of {', '.join(study['dearer'])} cost more than the pyramid, for which the controls are not "
-                   "made: such an arm decides nothing")
+    out += caveats(study)
     missing = study["missing"]
     if missing:
         out.append(f"not finished: {', '.join(missing[:4])}" + f" and {len(missing) - 4} more" * (len(missing) > 4))
     students = ", ".join(f"{cost:.2f}" for cost in sorted({own["student_flops"] / study["pyramid_flops"]
                                                            for own in study["arms"].values()}))
-    out.append("teachers' cost is the arithmetic of their training, the pyramid's being 1"
+    out.append("teachers' cost is the arithmetic of their training and answers, the pyramid's being 1"
                + f", the students' {students} in every arm" * bool(students)
                + "; ECE (calibration error) and NLL (loss) are the ensemble's")
     return [*out, f"the test split was read {study['test_readings']} times in all"]
 
 
 def unequal(study: dict) -> list[str]:
-    """Whether students of different arms or seeds saw batches of different sizes."""
-    sizes = study["micro_batches"]
+    """Whether students of different arms or seeds saw batches of different sizes, or ran on other machines or versions."""
+    sizes, made = study["micro_batches"], study["made_by"]
     return [f"students of some arms or seeds saw {' or '.join(map(str, sizes))} samples at once, for they ran on other "
             "numbers of ranks, in other groups or with other accumulation: their batch statistics differ in more than the "
-            "arm"] * (len(sizes) > 1)
+            "arm"] * (len(sizes) > 1) + [f"results are of {' and of '.join(made)}"] * (len(made) > 1)
 
 
 def coverage(study: dict) -> list[str]:
-    """What few seeds do to the intervals (tests/test_statistics.py; README)."""
-    counts = {one["seeds"] for one in study["differences"]}
-    if counts == {1}:
-        return ["intervals of a single seed speak of test images only: another seed may differ by more"]
-    if counts and min(counts) < 8:
-        return ["where seeds differ by more than test images explain, 95 % intervals cover less: 87 % with five seeds, 75 % "
-                "with three, 50 % with two" + ("; those of a single seed speak of test images only" if 1 in counts else "")]
-    return []
+    """What an interval of one seed leaves out."""
+    single = any(one["seeds"] == 1 for one in study["differences"])
+    return ["intervals of a single seed speak of test images only: another seed may differ by more"] * single
+
+
+def caveats(study: dict) -> list[str]:
+    """Why nothing decides yet, and what else a reader of the differences must know; a sentence each."""
+    out = study["undecided"] + coverage(study) + unequal(study)
+    if study["dearer"]:
+        out.append(f"teachers of {', '.join(study['dearer'])} cost more than the pyramid, for which the controls are not "
+                   "made: such an arm decides nothing")
+    return out
 
 
 def _networks(study: dict) -> list[str]:
