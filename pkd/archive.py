@@ -57,7 +57,7 @@ class Filling:
                                                   for t in teachers})
         self.made_of = made_of(job, hashes, fixed)
         self.labels = job.data.labels.numpy()
-        self.layout = Layout(job.pyramid, job.data.splits["train"].numpy(), self.labels,
+        self.layout = Layout(job.pyramid, job.data.students_see.numpy(), self.labels,
                              row_formats(recipe.archive, job.pyramid, wanted, fixed), fixed.own,
                              min(recipe.views.different, recipe.distill.epochs))
         self.shards = Shards(self.folder, self.layout, digest(self.made_of))

@@ -16,7 +16,7 @@ WHOLE = 128  # a shard of more samples has a multiple of it, lest teachers pad t
 
 
 class Layout:
-    """samples: int64 ids of the training samples; labels: int64 [samples of the data set]; formats: of the asked teachers,
+    """samples: int64 ids of what students see; labels: int64 [samples of the data set]; formats: of the asked teachers,
     by index; own: a specialist is asked only about samples whose label it knows; views: how many of each sample.
     """
 
@@ -27,19 +27,18 @@ class Layout:
         self.order = samples[np.argsort(labels[samples], kind="stable")]
         self.place = np.full(len(labels), -1)
         self.place[self.order] = np.arange(len(samples))
-        counts = np.bincount(labels[samples], minlength=len(pyramid.classes))
-        self.start = np.cumsum(counts) - counts  # [classes]: the place of a label's first sample
-        known = pyramid.membership() if own else np.ones_like(pyramid.membership())
-        self.known = known.astype(bool)
-        rows = known * counts
-        self.before = np.cumsum(rows, 1) - rows  # [teachers, classes]: a teacher's rows of the labels before this one
+        counts = np.bincount(labels[samples], minlength=len(pyramid.classes) + 1)  # the last: samples without a label
+        self.start = np.cumsum(counts) - counts  # [classes + 1]: the place of a label's first sample
+        self.known = pyramid.asked_about(own)
+        rows = self.known * counts
+        self.before = np.cumsum(rows, 1) - rows  # [teachers, classes + 1]: a teacher's rows of the labels before this one
         size = -(-len(samples) // SHARDS)
         whole = WHOLE if size > WHOLE else BLOCK
         self.per_shard = min(LARGEST, -(-size // whole) * whole)
         self.shards = -(-len(samples) // self.per_shard)  # of each view
         bounds = np.minimum(np.arange(self.shards + 1) * self.per_shard, len(samples))
         # [teachers, shards + 1]: a teacher's rows before each shard, of all labels
-        self.first = known.astype(np.int64) @ np.clip(bounds - self.start[:, None], 0, counts[:, None])
+        self.first = self.known.astype(np.int64) @ np.clip(bounds - self.start[:, None], 0, counts[:, None])
 
     def locate(self, teacher: int, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard and row, int64 [ids], of a teacher's soft targets for samples that it is asked about."""

@@ -16,15 +16,21 @@ from pkd.sources import read_source
 @dataclass(frozen=True)
 class DataSet:
     images: ArrayImages | FileImages  # images[ids] -> uint8 [n, channels, height, width], ids int64 on the CPU
-    labels: torch.Tensor  # int64 [samples]
+    labels: torch.Tensor  # int64 [samples]; the number of classes where there is none
     classes: tuple[str, ...]
     splits: dict[str, torch.Tensor]  # "train", "validation", "test": ascending int64 sample numbers, disjoint
+    unlabelled: torch.Tensor  # int64, ascending: samples without a label, from which students learn as well
     fingerprint: str  # sha256 of what the data set holds and how it is split
     dropped: int  # csv rows that had several labels
 
     @property
     def channels(self) -> int:
         return self.images.channels
+
+    @property
+    def students_see(self) -> torch.Tensor:
+        """int64: the samples that students learn from."""
+        return torch.cat([self.splits["train"], self.unlabelled])
 
     @property
     def size(self) -> tuple[int, int]:
@@ -43,6 +49,7 @@ def load_data(recipe: Data, works: Callable[[], None] = lambda: None) -> DataSet
     test = everything[source.part == "test"]
     validation = everything[source.part == "validation"]
     train = everything[source.part == "train"]
+    unlabelled = everything[source.part == "unlabelled"]  # their labels, which say that, are in the fingerprint
     _check_counts(labels[train], names, recipe, len(test) == 0, len(validation) == 0)
     if len(test) == 0 and recipe.test:
         spare = 1 + (len(validation) == 0 and recipe.validation > 0)
@@ -54,7 +61,7 @@ def load_data(recipe: Data, works: Callable[[], None] = lambda: None) -> DataSet
         raise UserError(f"data.validation and data.test leave {len(validation)} validation and {len(test)} test images "
                         f"of {len(labels)}: both are needed, raise them (0.1 each by default)")
     return DataSet(source.images, torch.from_numpy(labels), names,
-                   {key: torch.from_numpy(ids) for key, ids in splits.items()},
+                   {key: torch.from_numpy(ids) for key, ids in splits.items()}, torch.from_numpy(unlabelled),
                    _fingerprint(source, splits), source.dropped)
 
 

@@ -49,7 +49,7 @@ class Setup:
         self.ds_config = load_ds_config(recipe.deepspeed.students)
         self.labels = self.data.labels
         self.views = Views(self.data, recipe.views, recipe.seed)
-        self.schedule = Schedule(self.data.splits["train"].numpy(), recipe.distill.batch, recipe.seed)
+        self.schedule = Schedule(self.data.students_see.numpy(), recipe.distill.batch, recipe.seed)
         if self.schedule.steps_per_epoch == 0:
             raise UserError(f"distill.batch is {recipe.distill.batch}, but there are only {len(self.schedule.samples)} "
                             "training images: lower it")

@@ -25,7 +25,8 @@ def fetch(recipe: Recipe, console: Console) -> tuple[DataSet, list[Model]]:
             raise
         data = load_data(wish.model_copy(update={"download": True}))
     console.say(f"data {recipe.data.name}{f' in {recipe.data.path}' if recipe.data.path else ''}: "
-                f"{len(data.labels)} images of {len(data.classes)} classes")
+                f"{len(data.labels)} images of {len(data.classes)} classes"
+                + f", {len(data.unlabelled)} of them without a label" * recipe.data.unlabelled)
     pretrained = list({(model.name, model.weights): model for model in models_of(recipe) if model.weights}.values())
     for model in pretrained:
         count = sum(tensor.numel() for tensor in read_weights(model).values())

@@ -41,7 +41,8 @@ def pyramid_loss(
     """The loss of one micro batch and its terms.
 
     logits: [students, samples, classes], any float dtype; labels: int64 [samples]; levels: the asked levels from the top
-    down, empty for `alone`; batch: samples of the whole optimizer step. Where `logits` and `constants` are of some of the
+    down, empty for `alone`; batch: samples of the whole optimizer step. A sample whose label is the number of classes has
+    none: it counts in `batch`, and terms that need a label leave it out. Where `logits` and `constants` are of some of the
     students only: everyone: all students' logits, detached, for the ensemble term; own: which of them `logits` are.
     Returns the scalar to differentiate, in which student s has the gradient of its own L_s only, and fp32 [students]
     tensors, detached: "ce", "kl" (composed) or "kl_level0" ... (paper, top), "ensemble", and "loss", their sum L_s.
@@ -61,7 +62,7 @@ def pyramid_loss(
         seen = torch.lerp(logits.detach(), logits, pull[:, None, None])
         if everyone is not None:
             seen = everyone.float().index_copy(0, torch.tensor(own, device=seen.device), seen)
-        ensemble = F.cross_entropy(seen.mean(0), labels, reduction="sum") / batch
+        ensemble = F.cross_entropy(seen.mean(0), labels, reduction="sum", ignore_index=logits.shape[-1]) / batch
         total = total + ensemble
         terms["ensemble"] = pull * ensemble
     terms = {name: term.detach() for name, term in terms.items()}
@@ -69,13 +70,17 @@ def pyramid_loss(
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing: tuple[float, ...]) -> torch.Tensor:
-    """Cross-entropy of each student summed over samples, fp32 [students]; smoothing: one a student (Szegedy 2016)."""
-    log_probability = F.log_softmax(logits, -1)
-    hard = -log_probability.gather(-1, labels.expand(len(logits), -1)[..., None]).sum((1, 2))
+    """Cross-entropy of each student summed over samples with a label, fp32 [students]; smoothing: one a student (Szegedy
+    2016).
+    """
+    log_probability, classes = F.log_softmax(logits, -1), logits.shape[-1]
+    labelled = (labels < classes).float()
+    of_label = log_probability.gather(-1, labels.clamp(max=classes - 1).expand(len(logits), -1)[..., None])[..., 0]
+    hard = -(of_label * labelled).sum(1)
     if not any(smoothing):
         return hard
     weight = logits.new_tensor(smoothing)
-    return (1 - weight) * hard - weight * log_probability.mean(-1).sum(1)
+    return (1 - weight) * hard - weight * (log_probability.mean(-1) * labelled).sum(1)
 
 
 def routed_kl(logits: torch.Tensor, targets: LevelTargets, temperature: float) -> torch.Tensor:

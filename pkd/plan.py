@@ -69,7 +69,7 @@ def plan(recipe: Recipe, world: int, console: Console, device: str | None = None
     console.show(_table(f"{recipe.name} on {world} rank(s): {placement.kind}{groups}", ranks))
     console.say("\n".join([placement.why] * bool(placement.why) + [
         f"a step of {work.batch} samples takes {1000 * predicted.step:.3g} ms ({work.source}), "
-        f"{len(data.splits['train']) // work.batch} of them are an epoch; it is bound by {found['bound_by']}, idle are "
+        f"{len(data.students_see) // work.batch} of them are an epoch; it is bound by {found['bound_by']}, idle are "
         + ", ".join(f"{100 * share:.0f} % of the {role} ranks' time" for role, share in found["idle"].items()),
         f"one more rank would go {found['next_rank']}"] + _too_large(ranks, known)))
     return found

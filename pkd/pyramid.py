@@ -39,6 +39,16 @@ class Pyramid:
             row[list(teacher.classes)] = True
         return known
 
+    def asked_about(self, own: bool) -> np.ndarray:
+        """bool [teachers, classes + 1]: who is asked about samples of which label; the last column is that of samples
+        without one. own: specialists only about their classes, so that nobody but who knows all classes is asked about the
+        last.
+        """
+        if not own:
+            return np.ones((len(self.teachers), len(self.classes) + 1), dtype=bool)
+        known = self.membership()
+        return np.concatenate([known, known.all(1, keepdims=True)], 1)
+
     def partitions(self, number: int) -> bool:
         """Whether the classes of a level are disjoint and complete, as the composed objective needs them."""
         counts = sum(np.bincount(teacher.classes, minlength=len(self.classes)) for teacher in self.level(number))

@@ -38,6 +38,9 @@ class Data(Section):
     label_column: str = "label"  # csv only
     # csv only: a row whose label holds this has several labels; it is dropped and counted.
     label_separator: Annotated[str, Field(min_length=1)] = "|"
+    # Students learn from images without a label as well, by what teachers say of them: npz: x_unlabelled; folder: those in
+    # unlabelled/ beside train/; csv: rows without a label.
+    unlabelled: bool = False
     workers: Whole = 4  # decoding threads
     cache_gib: NonNegative = 4.0  # of each rank: decode once at the start if all images fit in it, else batch by batch
 

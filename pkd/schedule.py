@@ -91,7 +91,7 @@ class Router:
     """
 
     def __init__(self, pyramid: Pyramid, sources: list[list[int]], own: bool, parts: int = 1, block: int = BLOCK):
-        self.member = pyramid.membership() if own else np.ones_like(pyramid.membership())
+        self.member = pyramid.asked_about(own)
         self.width = np.array([len(teacher.classes) for teacher in pyramid.teachers])
         self.asked = np.zeros(len(pyramid.teachers), dtype=bool)
         pairs = [(source, teacher) for source, teachers in enumerate(sources) for teacher in teachers]
@@ -109,7 +109,7 @@ class Router:
         return int(self.width[self.asked].sum()) * batch
 
     def routes(self, labels: np.ndarray) -> Routes:
-        """The routes of a step whose global batch has these labels, int64 [batch]."""
+        """The routes of a step whose global batch has these labels, int64 [batch]; the number of classes for none."""
         mask = self.member[:, labels] & self.asked[:, None]
         teacher, position = np.nonzero(mask)  # ordered by teacher, then position
         count = mask.sum(1)

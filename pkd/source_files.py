@@ -80,9 +80,9 @@ def download_cifar(root: Path, fine: bool) -> None:
                         "unpack it there") from None
 
 
-def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], int, int]:
+def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], int, int, np.ndarray | None]:
     """Images uint8 [n, channels, h, w], labels, class names, number of test images (the last ones) and of validation images
-    (before them).
+    (before them); images without labels, if there are any.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -107,7 +107,9 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], int, 
     for (x, y), pixels, own in zip(pairs, images, labels):
         if len(pixels) != len(own):
             raise UserError(f"{path}: {x} holds {len(pixels)} images, but {y} holds {len(own)} labels")
-    for (x, _), pixels in zip(pairs, images):
+    unlabelled = _planes(arrays["x_unlabelled"], f"x_unlabelled of {path}") if "x_unlabelled" in arrays else None
+    more = [(("x_unlabelled", None), unlabelled)] * (unlabelled is not None)
+    for (x, _), pixels in [*zip(pairs, images), *more]:
         if pixels.shape[1:] != images[0].shape[1:]:
             raise UserError(f"{path}: images of {pairs[0][0]} are {images[0].shape[1:]} and those of {x} {pixels.shape[1:]} "
                             "(channels, height, width): make them equal")
@@ -118,7 +120,8 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], int, 
         largest = int(together.max(initial=-1))
         classes = tuple(str(label) for label in range(largest + 1)) if largest < 2**20 else ()
     counts = {x: len(own) for (x, _), own in zip(pairs, labels)}
-    return np.concatenate(images), together, classes, counts.get("x_test", 0), counts.get("x_validation", 0)
+    return np.concatenate(images), together, classes, counts.get("x_test", 0), counts.get("x_validation", 0), \
+        unlabelled
 
 
 def _name(name, path: Path) -> str:

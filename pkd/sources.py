@@ -33,7 +33,8 @@ class Source:
     images: ArrayImages | FileImages
     labels: np.ndarray  # int64 [samples]
     classes: tuple[str, ...]
-    part: np.ndarray  # [samples] of "train", "validation", "test": the official splits; "train" where there is none
+    part: np.ndarray  # [samples] of "train", "validation", "test": the official splits; "train" where there is none; and of
+    # "unlabelled", whose labels are the number of classes
     index: bytes  # what identifies the images: their contents in memory, or files' names and sizes
     dropped: int = 0
 
@@ -42,7 +43,13 @@ def read_source(recipe: Data, works: Callable[[], None] = lambda: None) -> Sourc
     """The samples of the data set that the recipe names; works: told while files are looked at and decoded."""
     readers = {"digits": _digits, "fashion-mnist": _fashion, "cifar10": _cifar, "cifar100": _cifar, "npz": _npz,
                "folder": partial(_folder, works), "csv": partial(_csv, works)}
+    if recipe.unlabelled and recipe.name not in ("npz", "folder", "csv"):
+        raise UserError(f"data.unlabelled is true, but data set {recipe.name} has a label for every image: take npz, folder "
+                        "or csv, or leave it out")
     source = readers[recipe.name](recipe)
+    if recipe.unlabelled and "unlabelled" not in source.part:
+        raise UserError(f"data.unlabelled is true, but {recipe.path} holds no image without a label: give some (npz: "
+                        "x_unlabelled; folder: in unlabelled/ beside train/; csv: rows without a label), or leave it out")
     if len(source.labels) == 0 or len(source.classes) < 2:
         raise UserError(f"data set {recipe.name} ({recipe.path}) holds {len(source.labels)} images of "
                         f"{len(source.classes)} classes: at least 2 classes are needed")
@@ -54,9 +61,9 @@ def read_source(recipe: Data, works: Callable[[], None] = lambda: None) -> Sourc
 
 
 def in_memory(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], test: int, name: str,
-              validation: int = 0) -> Source:
+              validation: int = 0, unlabelled: np.ndarray | None = None) -> Source:
     """A source of arrays, uint8 [n, channels, h, w] and integers [n], the last `test` of them the test split, so many before
-    those the validation split.
+    those the validation split. unlabelled: more images, without labels.
     """
     if len(images) != len(labels):
         raise UserError(f"{name} holds {len(images)} images, but {len(labels)} labels: they must be equally many")
@@ -64,6 +71,10 @@ def in_memory(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], 
         raise UserError(f"{name} holds labels from {labels.min()} to {labels.max()}, but {len(classes)} classes have "
                         f"labels 0 to {len(classes) - 1}: mend the labels or name all classes")
     part = np.array(["train"] * (len(labels) - validation - test) + ["validation"] * validation + ["test"] * test)
+    if unlabelled is not None:
+        images = np.concatenate([images, unlabelled])
+        labels = np.concatenate([labels, np.full(len(unlabelled), len(classes))])
+        part = np.concatenate([part, np.full(len(unlabelled), "unlabelled")])
     images = np.ascontiguousarray(images)
     index = hashlib.sha256(repr(images.shape).encode() + images.tobytes()).digest()
     return Source(ArrayImages(torch.from_numpy(images)), labels.astype(np.int64), classes, part, index)
@@ -110,8 +121,8 @@ def _cifar(recipe: Data) -> Source:
 
 
 def _npz(recipe: Data) -> Source:
-    images, labels, classes, test, validation = read_npz(_path(recipe))
-    return in_memory(images, labels, classes, test, str(recipe.path), validation)
+    images, labels, classes, test, validation, unlabelled = read_npz(_path(recipe))
+    return in_memory(images, labels, classes, test, str(recipe.path), validation, unlabelled if recipe.unlabelled else None)
 
 
 def _folder(works: Callable[[], None], recipe: Data) -> Source:
@@ -140,12 +151,22 @@ def _folder(works: Callable[[], None], recipe: Data) -> Source:
             if label not in names:
                 raise UserError(f"{folder} has a class folder {label!r} that {splits['train']} does not have"
                                 f"{nearest(label, names)}")
-            found = sorted(file for file in (folder / label).rglob("*") if file.suffix.lower() in SUFFIXES)
+            found = _images_in(folder / label)
             works()
             files += found
             labels += [names.index(label)] * len(found)
             parts += [split] * len(found)
+    if recipe.unlabelled:
+        if "train" not in deep:
+            raise UserError(f"data.unlabelled is true, but data.path {root} has no train/, beside which unlabelled/ would "
+                            "be: put the classes' folders into train/")
+        found = _images_in(root / "unlabelled")
+        files, labels, parts = files + found, labels + [len(names)] * len(found), parts + ["unlabelled"] * len(found)
     return _files(works, recipe, root, files, np.array(labels, dtype=np.int64), tuple(names), np.array(parts, dtype=str))
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
 
 
 def _csv(works: Callable[[], None], recipe: Data) -> Source:
@@ -161,21 +182,23 @@ def _csv(works: Callable[[], None], recipe: Data) -> Source:
             raise UserError(f"data.{key} is {column!r}, but {path} has the columns {', '.join(known) or '(none)'}"
                             f"{nearest(column, known)}")
     cells = [(row[recipe.image_column] or "", (row[recipe.label_column] or "").strip()) for row in rows]
-    incomplete = next((number for number, cell in enumerate(cells, 1) if not all(cell)), None)
+    incomplete = next((number for number, cell in enumerate(cells, 1) if not (cell[0] and (cell[1] or recipe.unlabelled))),
+                      None)
     if incomplete:
-        raise UserError(f"row {incomplete} of {path} lacks its image or its label: complete it or take it out")
+        raise UserError(f"row {incomplete} of {path} lacks its image or its label: complete it or take it out"
+                        + ", or set data.unlabelled for images without a label" * bool(cells[incomplete - 1][0]))
     single = [cell for cell in cells if recipe.label_separator not in cell[1]]
     places = Counter(os.path.normpath(path.parent / image) for image, _ in single)  # one file may be written in several ways
     twice, times = next(iter(places.most_common(1)), ("", 0))
     if times > 1:
         raise UserError(f"image {twice} is in {times} rows of {path}, so that students could be trained and tested on it: "
                         f"keep one row an image (one of several labels, joined by {recipe.label_separator!r}, is left out)")
-    names = tuple(sorted({label for _, label in single}))
-    number = {name: index for index, name in enumerate(names)}
+    names = tuple(sorted({label for _, label in single if label}))
+    number = {name: index for index, name in enumerate([*names, ""])}  # no label is the number of classes
     files = [path.parent / image for image, _ in single]
     labels = np.array([number[label] for _, label in single], dtype=np.int64)
-    return _files(works, recipe, path.parent, files, labels, names, np.array(["train"] * len(files), dtype=str),
-                  len(rows) - len(single))
+    parts = np.where(labels < len(names), "train", "unlabelled")
+    return _files(works, recipe, path.parent, files, labels, names, parts, len(rows) - len(single))
 
 
 def _files(works: Callable[[], None], recipe: Data, root: Path, files: list[Path], labels: np.ndarray,

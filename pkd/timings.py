@@ -50,14 +50,15 @@ def estimated(recipe: Recipe, pyramid: Pyramid, data: DataSet, device: Device, v
 def workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, timings: Timings, runtime: float) -> Workload:
     """runtime: bytes that libraries take on a rank before anything else. Students in one group, unless the recipe says."""
     config, fixed = load_ds_config(recipe.deepspeed.students), constants(recipe, pyramid.levels)
-    labels, batch = data.labels[data.splits["train"]].numpy(), recipe.distill.batch
-    counts = np.bincount(labels, minlength=len(data.classes))
+    labels, batch = data.labels[data.students_see].numpy(), recipe.distill.batch
+    counts = np.bincount(labels, minlength=len(data.classes) + 1)
+    about = pyramid.asked_about(fixed.own)
     teachers, largest, weight = {}, 0, 2 if recipe.teachers.forward == "bf16" else 4
     block, at_once = recipe.answer_rows, recipe.together
     for index in asked(recipe.objective.kind, pyramid):
         teacher = pyramid.teachers[index]
         cost = network_cost(teacher.model, len(teacher.classes), data.channels, data.size)
-        share = counts[list(teacher.classes)].sum() / len(labels) if fixed.own else 1.0
+        share = counts[about[index]].sum() / len(labels)
         teachers[teacher.name] = TeacherWork(timings.blocks[teacher.name], share * batch,
                                              mean_blocks(batch * at_once, share, block) / at_once,
                                              weight * cost.parameters, len(teacher.classes))

@@ -40,9 +40,13 @@ def reference(
 
 
 def labelled(z: torch.Tensor, labels: list[int], smoothing: float) -> torch.Tensor:
-    """Mean cross-entropy; the target is 1 - smoothing on the label and smoothing spread evenly over all classes."""
+    """Cross-entropy over the number of samples; the target is 1 - smoothing on the label and smoothing spread evenly over
+    all classes. A sample whose label is the number of classes has none.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for n, label in enumerate(labels):
+        if label == z.shape[-1]:
+            continue
         log_probability = torch.log_softmax(z[n], 0)
         total = total - (1 - smoothing) * log_probability[label] - smoothing * log_probability.mean()
     return total / len(labels)

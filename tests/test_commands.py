@@ -94,7 +94,7 @@ def test_the_files_of_a_run_hold_the_keys_that_the_readme_names(evaluated, taugh
     assert set(json.loads((evaluated / "placement.json").read_text())) == {"wish", "placement"}
     assert set(json.loads((taught / "pyramid.json").read_text())) == {"classes", "teachers"}
     assert set(json.loads((evaluated / "students" / "students.json").read_text())) == {
-        "students", "complete", "epochs", "teachers", "fingerprint", "soft_targets", "world_size", "placement"}
+        "students", "complete", "epochs", "teachers", "fingerprint", "soft_targets", "world_size", "placement", "made_by"}
     state = json.loads((evaluated / "state" / "distill.json").read_text())
     assert set(state) == {"state", "time", "complete"} and state["state"] == "finished" and state["complete"]
     readme = (REPOSITORY / "README.md").read_text()

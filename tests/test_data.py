@@ -217,6 +217,43 @@ def test_csv_rows_of_several_labels_are_dropped_and_counted(tmp_path):
     assert torch.equal(data.images.array.permute(0, 2, 3, 1), torch.from_numpy(pixels(12, 4, 5, 3)[:11]))
 
 
+@pytest.mark.parametrize("name", ["npz", "folder", "csv"])
+def test_images_without_a_label_are_told_apart_and_change_no_split(tmp_path, name):
+    """They come after all others, so that what is drawn for those stays."""
+    x, more, labels = pixels(30, 4, 5, 3), pixels(40, 4, 5, 3)[30:], np.arange(30) % 2
+    for index, image in enumerate([*x, *more]):
+        folder = f"train/{'ab'[labels[index]]}" if index < 30 else "unlabelled/deep"
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / folder / f"{index:02}.png")
+    np.savez(tmp_path / "a.npz", x=x, y=labels, x_unlabelled=more, classes=np.array(["a", "b"]))
+    rows = [f"train/{'ab'[label]}/{index:02}.png,{'ab'[label]}" for index, label in enumerate(labels)]
+    unlabelled = [f"unlabelled/deep/{index}.png," for index in range(30, 40)]
+    (tmp_path / "labelled.csv").write_text("\n".join(["image,label", *rows]))
+    (tmp_path / "all.csv").write_text("\n".join(["image,label", *rows, *unlabelled]))
+    wish = Data(name=name, path=str(tmp_path / {"npz": "a.npz", "folder": "", "csv": "all.csv"}[name]))
+    plain = wish if name != "csv" else wish.model_copy(update={"path": str(tmp_path / "labelled.csv")})
+    few, data = load_data(plain), load_data(wish.model_copy(update={"unlabelled": True}))
+    assert data.unlabelled.tolist() == list(range(30, 40)) and len(few.unlabelled) == 0
+    assert data.labels[30:].tolist() == [2] * 10 and data.classes == ("a", "b") and data.fingerprint != few.fingerprint
+    assert torch.equal(data.images[torch.arange(30, 40)].permute(0, 2, 3, 1), torch.from_numpy(more))
+    assert all(torch.equal(ids, few.splits[split]) for split, ids in data.splits.items())
+    assert torch.equal(data.students_see, torch.cat([few.splits["train"], torch.arange(30, 40)]))
+    assert torch.equal(few.students_see, few.splits["train"])
+
+
+def test_images_without_a_label_are_refused_where_there_are_none_and_where_nobody_said_so(tmp_path):
+    recipe = write_npz(tmp_path / "a.npz", np.arange(30) % 2, unlabelled=True)
+    assert "holds no image without a label" in refusal(**recipe.model_dump())
+    assert "digits has a label for every image" in refusal(name="digits", unlabelled=True)
+    write_images(tmp_path / "folder" / "a", 5)
+    write_images(tmp_path / "folder" / "b", 5)
+    assert "has no train/" in refusal(name="folder", path=str(tmp_path / "folder"), unlabelled=True)
+    write_csv(tmp_path)
+    table = tmp_path / "a.csv"
+    table.write_text(table.read_text() + "\nimages/11.png,")
+    assert "set data.unlabelled" in refusal(name="csv", path=str(table))
+
+
 @pytest.mark.parametrize("splits", [(), ("train",), ("train", "val", "test"), ("train", "validation")])
 def test_a_folder_per_class_with_or_without_split_folders(tmp_path, splits):
     """Also for a class that is called as a split; the same wherever the folder is, however it is cached."""

@@ -70,10 +70,10 @@ def make_case(seed: int, kind: str, samples: int | None = None, scale: float = 3
         else:
             levels.append(groups_of(rng, everything[:-1]))
     levels = [] if kind == "alone" else levels
-    labels = [int(c) for c in rng.choice(rng.integers(0, classes, size=3), samples)]  # many classes are absent
+    labels = [int(c) for c in rng.choice(rng.integers(0, classes + 1, size=3), samples)]  # many classes are absent
     own = kind in ("paper own", "paper batch")
-    routes = [[(t, n) for t, known in enumerate(level) for n in range(samples) if not own or labels[n] in known]
-              for level in levels]
+    routes = [[(t, n) for t, known in enumerate(level) for n in range(samples)
+               if not own or labels[n] in known or len(known) == classes] for level in levels]
     dtype = (torch.float16, torch.float32)[rng.integers(2)]
     answers = [[torch.tensor(scale * rng.standard_normal(len(level[t]))).to(dtype) for t, _ in asked]
                for level, asked in zip(levels, routes)]

@@ -80,6 +80,17 @@ def test_membership_says_who_knows_what(wish):
     assert all(tuple(np.flatnonzero(row)) == teacher.classes for row, teacher in zip(known, pyramid.teachers))
 
 
+@given(wish=counted())
+@quick
+def test_only_who_knows_every_class_is_asked_about_samples_without_a_label_where_others_are_asked_their_own(wish):
+    classes, levels = wish
+    pyramid = build(*levels, classes=names(classes))
+    own, every = pyramid.asked_about(True), pyramid.asked_about(False)
+    assert every.all() and every.shape == own.shape == (len(pyramid.teachers), classes + 1)
+    assert np.array_equal(own[:, :-1], pyramid.membership())
+    assert own[:, -1].tolist() == [len(teacher.classes) == classes for teacher in pyramid.teachers]
+
+
 def test_teachers_are_named_by_level_and_index_from_the_top_down():
     pyramid = build(TOP, {"teachers": 2}, {"teachers": 4})
     assert [teacher.name for teacher in pyramid.teachers] == [

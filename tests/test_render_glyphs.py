@@ -61,7 +61,7 @@ def test_the_same_seed_renders_the_same_file_and_another_seed_another(fonts, tmp
     assert main([*SMALL, "--fonts", str(FONTS), "--to", str(tmp_path / "a.npz")]) == 2, "what is there stays"
     a, b, c = ((tmp_path / f"{name}.npz").read_bytes() for name in "abc")
     assert a == b != c
-    images, labels, classes, test, validation = read_npz(tmp_path / "a.npz")
+    images, labels, classes, test, validation, _ = read_npz(tmp_path / "a.npz")
     said = capsys.readouterr().out
     assert "train: " in said and "test: " in said and validation == (20 if "validation: " in said else 0)
     assert images.shape == (80 + validation, 1, 28, 28) and test == 20

@@ -32,7 +32,8 @@ seeds, epochs = st.integers(0, 2**63 - 1), st.integers(0, 1000)
 
 def data_set(channels: int, samples: int = SAMPLES) -> DataSet:
     pixels = np.random.default_rng(channels).integers(1, 256, (samples, channels, HEIGHT, WIDTH), dtype=np.uint8)
-    return DataSet(ArrayImages(torch.from_numpy(pixels)), torch.zeros(samples, dtype=torch.int64), ("a",), {}, "", 0)
+    labels = torch.zeros(samples, dtype=torch.int64)
+    return DataSet(ArrayImages(torch.from_numpy(pixels)), labels, ("a",), {}, labels[:0], "", 0)
 
 
 def views_of(channels: int, policy: Policy, seed: int = 0, samples: int = SAMPLES) -> Views:
@@ -163,7 +164,7 @@ def test_crop_offsets_and_flips_are_uniform():
     """Padding 1 and a mirror: 18 windows, each with 1/18 of 9,000 samples; 5 standard deviations allowed."""
     samples, pad = 9000, 1
     image = torch.arange(1, HEIGHT * WIDTH + 1, dtype=torch.uint8).view(1, 1, HEIGHT, WIDTH)
-    data = DataSet(ArrayImages(image.expand(samples, -1, -1, -1)), torch.zeros(samples), ("a",), {}, "", 0)
+    data = DataSet(ArrayImages(image.expand(samples, -1, -1, -1)), torch.zeros(samples), ("a",), {}, torch.zeros(0), "", 0)
     views = Views(data, Policy(crop=pad, flip=True), 3).batch(torch.arange(samples), 2)
     counts = np.unique(views.flatten(1).numpy(), axis=0, return_counts=True)[1]
     assert len(counts) == 18

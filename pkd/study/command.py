@@ -74,7 +74,7 @@ class Study:
         quick = self.base.data.model_copy(update={"cache_gib": 0.0})  # no image is looked at here
         self.data: DataSet = load_data(quick)
         self.shape = (len(self.data.classes), self.data.channels, self.data.size)
-        self.samples = len(self.data.splits["train"])
+        self.samples = len(self.data.students_see)
         known, self.left_out = built_in(self.base, self.shape, self.data.classes, self.samples)
         wanted = arguments.arms.split(",") if arguments.arms else None
         self.arms = choose(known, self.left_out, [own_arm(text) for text in arguments.arm], wanted)

@@ -30,7 +30,7 @@ def make_result(run: Path, study: dict, arm: Arm, recipe: Recipe, data: DataSet,
     if summary.get("fingerprint") != data.fingerprint:
         raise UserError(f"run {run} was evaluated on other images or another split than the data that are here: delete that "
                         "folder, or restore the data")
-    shape, samples = (len(data.classes), data.channels, data.size), len(data.splits["train"])
+    shape, samples = (len(data.classes), data.channels, data.size), len(data.students_see)
     teachers, flops = {}, 0.0
     for name, teacher in summary["teachers"].items():
         teachers[name] = {"level": teacher["level"], "accuracy": teacher["accuracy"], "classes": len(teacher["classes"]),
