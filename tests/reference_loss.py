@@ -43,7 +43,7 @@ def labelled(z: torch.Tensor, labels: list[int], smoothing: float) -> torch.Tens
     """Cross-entropy over the number of samples; the target is 1 - smoothing on the label and smoothing spread evenly over
     all classes. A sample whose label is the number of classes has none.
     """
-    total = torch.zeros((), dtype=torch.float64)
+    total = 0 * z.sum()  # of no label at all, too, something that can be differentiated
     for n, label in enumerate(labels):
         if label == z.shape[-1]:
             continue
