@@ -65,12 +65,12 @@ def _refuse_other(study: Path, arms: dict, run: RunFolder) -> None:
 
 
 def _arm_of(study: Path, run: RunFolder) -> str | None:
-    """The arm of a study that is made as this run is, but for its seed."""
+    """The arm of a study that is made as this run is, but for its seed; None where no result is of such a one."""
     mine = as_of_now(read_json(run.path / "run.json")["recipe"]) | {"seed": 0}
     for path in sorted(study.glob("results/*.json")):
         result = read_json(path)
-        if as_of_now(result["recipe"]) | {"seed": 0} == mine:
-            return result["arm"]
+        if as_of_now(result.get("recipe") or {}) | {"seed": 0} == mine:
+            return result.get("arm")
     return None
 
 

@@ -111,7 +111,8 @@ def _study(study: dict, arm: str | None) -> list[str]:
     lines = [f"Arms of the study {study['recipe']}, equal students and training in all: accuracy in % of the ensemble on "
              f"{study['test_images']} test images, mean ± standard deviation over seeds; teachers' cost is the arithmetic "
              "of their training and answers, the pyramid's being 1. "
-             + (f"These students are made as in the arm `{arm}`." if arm else "These students are of none of its arms."), "",
+             + (f"These students are made as in the arm `{arm}`." if arm else "No result there is of students like these."),
+             "",
              "| arm | what it is | seeds | teachers' cost | accuracy % |", "|---|---|---|---|---|"]
     lines += [f"| {name} | {own['title']} | {', '.join(map(str, own['seeds']))} | "
               f"{own['teacher_flops'] / study['pyramid_flops']:.2f} | {spread(own['networks'][ENSEMBLE]['accuracy'])} |"
