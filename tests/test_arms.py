@@ -65,7 +65,7 @@ def test_controls_cost_what_the_pyramid_costs():
     whole = cost_of(recipes["composed"])
     assert len(recipes["peers"].pyramid) == 5 and recipes["top-long"].teachers.steps > 2900
     longest, every = recipes["top-long"].teachers.steps, recipes["composed"].teachers.steps
-    assert longest > 4.9 * every, "a single teacher answers once, where the pyramid's five all answer"
+    assert longest > 6 * every, "a single teacher answers once, where the pyramid's five all answer: 5 without that"
     assert len(recipes["peers-long"].pyramid) == 2 and recipes["peers-long"].objective.kind == "composed"
     for name in ("peers", "top-long", "peers-long"):
         assert known[name].control

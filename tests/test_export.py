@@ -23,11 +23,13 @@ from torch import nn
 from pkd.classifier import open_classifier
 from pkd.console import Console
 from pkd.errors import UserError
+from pkd.export_hub import _preprocessing
 from pkd.export_onnx import export_onnx, need
 from pkd.files import new_folder, write_json
-from pkd.model_card import IMAGE, SNIPPET
+from pkd.model_card import IMAGE, SNIPPET, _data
 from pkd.models import build
 from pkd.recipe import Model
+from pkd.recipe_file import load_recipe
 from pkd.run_folder import RunFolder
 
 WITHOUT_PKD = """\
@@ -110,6 +112,16 @@ def test_an_onnx_file_takes_uint8_batches_of_any_size_and_tells_its_classes_and_
     assert said["classes"] == [str(digit) for digit in range(10)] and list(said["students"]) == ["mobile", "shuffle"]
     assert said["students"]["mobile"]["mean"] == [0.5] and said["preprocessing"].startswith("inside the graph: uint8")
     assert str(REPOSITORY).encode() not in (exports["onnx"] / "ensemble.onnx").read_bytes()
+
+
+def test_class_names_are_text_in_a_card_and_a_view_that_is_not_square_is_left_to_the_reader():
+    facts = {"view_size": (8, 12), "channels": 1, "classes": ["a*b", "<c>", "d_e|f"], "input_size": (8, 12), "mean": [0.5],
+             "std": [0.5]}
+    assert r"a\*b, \<c\>, d\_e\|f." in _data(load_recipe("digits"), facts)[0]
+    said = _preprocessing(facts)
+    assert not said["do_resize"] and not said["do_center_crop"] and said["crop_size"] == {"height": 8, "width": 12}
+    square = _preprocessing({**facts, "view_size": (8, 8)})
+    assert square["do_resize"] and square["do_center_crop"]
 
 
 def test_a_card_states_the_arms_of_a_study_where_there_is_one(evaluated, tmp_path):
