@@ -112,7 +112,7 @@ class Filling:
         weight = 2 if job.recipe.teachers.forward == "bf16" else 4  # bytes
         sizes = [weight * network_cost(t.model, len(t.classes), job.data.channels, job.data.size).parameters
                  for t in teachers]
-        need, room = sum(sizes), USABLE * min(memory_per_rank(job.hardware))
+        need, room = sum(sizes), USABLE * min(memory_per_rank(job.hardware, job.recipe.placement.memory_gib))
         if need > room:
             raise UserError(f"every rank answers for all {len(sizes)} teachers, whose weights need {need / 2**30:.2f} GiB, "
                             f"but a rank has {room / 2**30:.2f}: start fewer ranks a node, take larger devices, or distill "

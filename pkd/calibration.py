@@ -108,7 +108,7 @@ def _fits(job: Job, key: dict) -> bool:
     """Whether a rank can hold what is to be timed, as far as its weights, gradients and states tell: the rest is estimated,
     and lies in shards or under ZeRO later.
     """
-    data, room = job.data, USABLE * min(memory_per_rank(job.hardware))
+    data, room = job.data, USABLE * min(memory_per_rank(job.hardware, job.recipe.placement.memory_gib))
     if key["part"] == "forward":
         model = Model.model_validate(key["model"])
         return 4 * network_cost(model, key["classes"], data.channels, data.size).parameters < room

@@ -54,7 +54,7 @@ def teach_along(setup: Setup, epoch: int, first: int) -> str:
         votes = ballot.close()
         exchange.drain()
         shares = busy_shares(job.world.rank, job.world.size, answering, time.perf_counter() - began)
-        broken = -ballot.maximum([0.0, peak_memory(job.world.device), float("-inf"), *shares])[2]
+        broken = -ballot.maximum([0.0, peak_memory(job.world.device), float("-inf"), 0.0, *shares])[2]
         setup.refuse_broken(epoch, votes.broken, broken)
         if votes.stop:
             return "stopped"
@@ -151,7 +151,9 @@ class Distillation:
         code = -(self.broken[0] * 2**16 + self.broken[1]) if self.broken else float("-inf")
         seconds, wait = sums.seconds - before[0], sums.wait - before[1]
         shares = busy_shares(job.world.rank, job.world.size, seconds - wait, seconds)
-        memory_student, memory_teacher, broken, *busy = ballot.maximum([peak_memory(self.device), 0.0, code, *shares])
+        memory_student, memory_teacher, broken, longest, *busy = ballot.maximum(
+            [peak_memory(self.device), 0.0, code, wait, *shares])
+        sums.wait = before[1] + longest
         self.progress.memory = {"student": int(memory_student), "teacher": int(memory_teacher)}
         self.progress.busy = [round(share, 4) for share in busy]
         setup.refuse_broken(epoch, votes.broken, -broken)

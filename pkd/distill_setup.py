@@ -174,7 +174,8 @@ class Setup:
                 work = workload(recipe, job.pyramid, self.data, timings, device.runtime)
                 work = replace(work, teachers={}) if self.archive else work
                 wanted = without_teachers(recipe) if self.archive else recipe
-                placement = place(wanted, world.size, work, known_ranks(job.hardware, recipe.threads)).to_json()
+                known = known_ranks(job.hardware, recipe.threads, recipe.placement.memory_gib)
+                placement = place(wanted, world.size, work, known).to_json()
                 write_json(path, {"wish": wish(), "placement": placement})
                 return placement
             found = world.first("placement", decide)

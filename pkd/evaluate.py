@@ -81,6 +81,8 @@ def evaluate(path: Path, console: Console, overrides: list[str], limit: int | No
                      "parameters": sum(own["parameters"] for own in facts),
                      "validation_accuracy": validation.ensemble_accuracy,
                      "validation_loss": validation.ensemble_loss},
+        "images": {"train": len(data.splits["train"]), "unlabelled": len(data.unlabelled),
+                   "validation": len(data.splits["validation"])},
         "test_images": len(test), "test_readings": readings,
         "images_per_second": sorted(line["images_per_second"] for line in lines)[len(lines) // 2] if lines else 0.0,
         "wall_seconds": sum(line["seconds"] for line in lines),

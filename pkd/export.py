@@ -1,5 +1,6 @@
 """Students out of a run folder, for use elsewhere: weights and a JSON each, or what export_onnx and export_hub write."""
 
+import time
 from pathlib import Path
 
 from pkd.console import Console
@@ -23,7 +24,7 @@ def export(path: Path, target: Path, student: str | None, form: str, console: Co
     """
     if study is not None and form != "hub":
         raise UserError(f"--study {study} is for the model card of --format hub, but the format is {form}: leave it out")
-    run = RunFolder(path)
+    run, began = RunFolder(path), time.monotonic()
     students = finished_students(run, smoke=True)
     if said := cut_short(path):
         console.say(said)
@@ -42,7 +43,8 @@ def export(path: Path, target: Path, student: str | None, form: str, console: Co
         else:
             _export_files(run, names, folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    console.say(f"{len(names)} student(s) written to {target}: {', '.join(names)} ({size / 1e6:.2f} MB)")
+    console.say(f"{len(names)} student(s) written to {target}: {', '.join(names)} "
+                f"({size / 1e6:.2f} MB, in {time.monotonic() - began:.0f} s)")
 
 
 def chosen(students: list[tuple[Network, dict]], name: str) -> tuple[Network, dict]:

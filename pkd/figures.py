@@ -27,7 +27,7 @@ class Keys:
     recipe: Recipe
     pyramid: Pyramid
     data: DataSet
-    where: dict  # the devices, and how many ranks of a node measure at the same time
+    where: dict  # of surroundings()
     world: int
     online: bool  # whether teachers are asked
 
@@ -53,7 +53,7 @@ class Keys:
         """Seconds of a students' step of the smaller micro batch: of each measuring rank alone, and with gradients
         all-reduced.
         """
-        return {**self.train(), "part": "sync"}
+        return {**self.train(), "part": "sync", "ranks": self.where["ranks"]}
 
     def view(self) -> dict:
         """Seconds to read, decode and augment one image."""
@@ -67,7 +67,8 @@ class Keys:
     def rows(self) -> list[int]:
         """Two sizes of micro batch, between which those that could be needed lie, as far as that is not too much work."""
         most = self.recipe.distill.batch // self.recipe.placement.accumulation
-        few = min(most // 2, max(SAMPLES_PER_RANK, most // self.world))
+        halvings = (self.world - 1).bit_length()  # so that what was timed serves as many other worlds as possible
+        few = min(most // 2, max(SAMPLES_PER_RANK, most >> halvings))
         return [few, min(most, 4 * few)]
 
     def all(self) -> list[dict]:
@@ -79,8 +80,9 @@ class Keys:
         return list({digest(key): key for key in keys}.values())
 
     def timings(self, figures: dict[str, list[float]], otherwise: Timings) -> Timings:
-        """The measured seconds; `otherwise` stands in for what could not be measured."""
+        """The measured seconds; `otherwise` stands in for what was not measured, which their source then names."""
         blocks, sync, jitter, parts = dict(otherwise.blocks), None, 0.0, otherwise.parts
+        view, links = otherwise.view, otherwise.links
         for teacher in self.pyramid.teachers:
             name = digest(self.forward(teacher))
             blocks[teacher.name] = figures[name][0] if name in figures else blocks[teacher.name]
@@ -94,19 +96,24 @@ class Keys:
                 sync = self.where["ranks"], max(0.0, together - alone)
         else:
             micro, row, routes = otherwise.micro, otherwise.row, otherwise.step
-        small, large, size = figures[digest(self.links())]
-        rate = 2 * (self.world - 1) / self.world * size / max(large - small, 1e-9)
-        hops = 2 * max(1, (self.world - 1).bit_length())
-        links = replace(otherwise.links, bandwidth=rate, latency=small / hops)
-        return Timings(blocks, micro, row, tuple(parts), figures[digest(self.view())][0], routes, links, sync, jitter,
-                       "measured")
+        if digest(self.view()) in figures:
+            view = figures[digest(self.view())][0]
+        if digest(self.links()) in figures:
+            small, large, size = figures[digest(self.links())]
+            rate = 2 * (self.world - 1) / self.world * size / max(large - small, 1e-9)
+            hops = 2 * max(1, (self.world - 1).bit_length())
+            links = replace(links, bandwidth=rate, latency=small / hops)
+        lacking = dict.fromkeys(key["part"] for key in self.all() if digest(key) not in figures)
+        source = "measured" + f", but for {' and '.join(lacking)}" * bool(lacking)
+        return Timings(blocks, micro, row, tuple(parts), view, routes, links, sync, jitter, source)
 
     def _model(self, model) -> dict:
         return {**part(model, free=False), "weights": None}
 
     def _common(self) -> dict:
         return {"channels": self.data.channels, "size": list(self.data.size), "threads": self.recipe.threads,
-                "torch": torch.__version__, "figures": 2, **self.where}  # the second form that these figures have
+                "torch": torch.__version__, "figures": 2,  # the second form that these figures have
+                **{key: value for key, value in self.where.items() if key != "ranks"}}  # other nodes slow nobody down
 
 
 def surroundings(devices: list[str], busy: int, ranks: int) -> dict:

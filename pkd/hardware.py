@@ -71,10 +71,13 @@ def nodes(ranks: list[Hardware]) -> tuple[int, ...]:
     return tuple(hosts.index(rank.host) for rank in ranks)
 
 
-def memory_per_rank(ranks: list[Hardware]) -> tuple[int, ...]:
-    """Bytes that each rank may count on: ranks on one device, such as a host's CPU, share its memory."""
+def memory_per_rank(ranks: list[Hardware], most_gib: float | None = None) -> tuple[int, ...]:
+    """Bytes that each rank may count on: ranks on one device, such as a host's CPU, share its memory. most_gib: the recipe's
+    placement.memory_gib.
+    """
     sharing = Counter((rank.host, rank.unit) for rank in ranks)
-    return tuple(rank.memory // sharing[rank.host, rank.unit] for rank in ranks)
+    most = int(2**30 * most_gib) if most_gib else 2**63
+    return tuple(min(most, rank.memory // sharing[rank.host, rank.unit]) for rank in ranks)
 
 
 def devices(ranks: list[Hardware]) -> tuple[int, ...]:
@@ -96,8 +99,8 @@ def cores_per_node(ranks: list[Hardware]) -> tuple[float, ...]:
     return tuple(out)
 
 
-def known_ranks(ranks: list[Hardware], threads: int) -> Ranks:
-    return Ranks(memory_per_rank(ranks), nodes(ranks), cores_per_node(ranks), threads, devices(ranks))
+def known_ranks(ranks: list[Hardware], threads: int, most_gib: float | None = None) -> Ranks:
+    return Ranks(memory_per_rank(ranks, most_gib), nodes(ranks), cores_per_node(ranks), threads, devices(ranks))
 
 
 def to_json(ranks: list[Hardware]) -> list[dict]:

@@ -1,5 +1,6 @@
 """The model card of an export: what it was made of, what it reaches, how it is loaded; Markdown with YAML in front."""
 
+import json
 import re
 
 import yaml
@@ -9,7 +10,8 @@ from pkd.predictions import ENSEMBLE
 from pkd.recipe import Recipe
 from pkd.study.table import caveats
 
-FACTS, WEIGHTS, IMAGE = "exported/mobile.json", "exported/mobile.safetensors", "flower.jpg"  # as the snippet names them
+# As the README has it; a card names the files of its own folder.
+FILE, LIST, IMAGE = "exported/{name}", 'json.load(open("exported/ensemble.json"))["students"]', "flower.jpg"
 SNIPPET = """\
 import json
 
@@ -18,14 +20,17 @@ from safetensors.torch import load_file
 from torchvision.models import get_model
 from torchvision.transforms import functional as F
 
-facts = json.load(open("exported/mobile.json"))
-network = get_model(facts["architecture"], **facts["arguments"]).eval()
-network.load_state_dict(load_file("exported/mobile.safetensors"))
-image = Image.open("flower.jpg").convert("L" if facts["channels"] == 1 else "RGB")
-image = F.to_tensor(ImageOps.fit(image, facts["view_size"][::-1], Image.Resampling.BILINEAR))
-pixels = F.resize(image, facts["input_size"]).expand(facts["input_channels"], -1, -1)
-logits = network(F.normalize(pixels, facts["mean"], facts["std"])[None])
-print(dict(zip(facts["classes"], logits.softmax(1)[0].tolist())))
+def logits(name, image):
+    facts = json.load(open(f"exported/{name}.json"))
+    network = get_model(facts["architecture"], **facts["arguments"]).eval()
+    network.load_state_dict(load_file(f"exported/{name}.safetensors"))
+    image = ImageOps.fit(image.convert("RGB" if facts["channels"] == 3 else "L"), facts["view_size"][::-1], Image.BILINEAR)
+    pixels = F.resize(F.to_tensor(image), facts["input_size"]).expand(facts["input_channels"], -1, -1)
+    return facts["classes"], network(F.normalize(pixels, facts["mean"], facts["std"])[None])[0]
+
+names = json.load(open("exported/ensemble.json"))["students"]  # or one student: ["mobile"]
+answers = [logits(name, Image.open("flower.jpg")) for name in names]
+print(dict(zip(answers[0][0], (sum(own for _, own in answers) / len(names)).softmax(0).tolist())))
 """
 LISTED = 100  # classes; config.json has them all
 
@@ -59,7 +64,7 @@ def model_card(recipe: Recipe, summary: dict, students: list[dict], study: dict 
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", "",
         f"# {recipe.name}: {what}", "",
         f"Image classification with {len(students[0]['classes'])} classes; {source}.", "",
-        "## Data", "", *_data(recipe, students[0]), "",
+        "## Data", "", *_data(recipe, students[0], summary), "",
         "## Training", "", *_training(recipe, summary), "",
         "## Figures", "", *_figures(summary), "",
         *(["## Compared with", "", *_study(study, arm), ""] if study else []),
@@ -68,12 +73,16 @@ def model_card(recipe: Recipe, summary: dict, students: list[dict], study: dict 
     return "\n".join(parts) + "\n"
 
 
-def _data(recipe: Recipe, facts: dict) -> list[str]:
+def _data(recipe: Recipe, facts: dict, summary: dict) -> list[str]:
     height, width = facts["view_size"]
     classes = [re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", " ".join(name.split())) for name in facts["classes"]]
     more = f" and {len(classes) - LISTED} more" if len(classes) > LISTED else ""
+    counts = summary.get("images", {})  # which earlier versions did not write down
+    trained = f"; {counts['train']} images for training" if counts else ""
+    trained += f" and {counts['unlabelled']} without a label" if counts.get("unlabelled") else ""
+    trained += f", {counts['validation']} for validation, {summary['test_images']} for testing" if counts else ""
     return [f"Data set `{recipe.data.name}`, {'grey' if facts['channels'] == 1 else 'colour'} images of {height} x {width} "
-            f"pixels (height x width), splits by seed {recipe.data.seed}. Classes, in the order of the logits: "
+            f"pixels (height x width){trained}; splits by seed {recipe.data.seed}. Classes, in the order of the logits: "
             f"{', '.join(classes[:LISTED])}{more}."]
 
 
@@ -82,6 +91,10 @@ def _training(recipe: Recipe, summary: dict) -> list[str]:
     asked = "no teachers" if chosen.kind == "alone" else \
         f"temperature {chosen.temperature:g}, weights {', '.join(f'{weight:g}' for weight in chosen.weights)}"
     pull = f", ensemble terms {', '.join(f'{own:g}' for own in chosen.ensemble)}" if any(chosen.ensemble) else ""
+    if chosen.kind == "paper":
+        about = "its own classes' samples" if chosen.own else "every sample"
+        share = "divided by the batch's samples" if chosen.per_batch else "a mean over these"
+        pull += f", each teacher asked about {about}, its term {share}"
     lines = [f"Objective `{chosen.kind}` ({asked}{pull}), seed {recipe.seed}, {recipe.distill.epochs} epochs in batches of "
              f"{recipe.distill.batch}; identity of the recipe `{summary['identity']}`."]
     if summary["teachers"]:
@@ -130,10 +143,13 @@ def _loading(students: list[dict]) -> list[str]:
     lines = ["With pkd, for a folder that holds this one's files: `pkd predict FOLDER image.png`.", ""]
     libraries = {own["library"] for own in students}
     if "torchvision" in libraries:
-        own = next(own for own in students if own["library"] == "torchvision")
-        folder = "" if len(students) == 1 else f"{own['name']}/"
-        code = SNIPPET.replace(FACTS, f"{folder}config.json").replace(WEIGHTS, f"{folder}model.safetensors")
-        lines += ["With plain torchvision:", "", "```python", code.replace(IMAGE, "image.png").rstrip(), "```", ""]
+        names = ["."] if len(students) == 1 else [own["name"] for own in students if own["library"] == "torchvision"]
+        code = SNIPPET.replace(f"{FILE}.json", "{name}/config.json")
+        code = code.replace(f"{FILE}.safetensors", "{name}/model.safetensors")
+        code = code.replace(LIST, json.dumps(names)).replace(IMAGE, "image.png")
+        of = "the students that torchvision has" if len(libraries) > 1 else "the students"
+        code = code.replace('or one student: ["mobile"]', f"folders of {of}" if names != ["."] else "this folder")
+        lines += ["With plain torchvision:", "", "```python", code.rstrip(), "```", ""]
     if "pkd" in libraries:
         lines += ["Architectures named `pkd_...` are in pkd's `small_models.py`, a file that needs nothing but torch: "
                   "`SMALL_MODELS[facts[\"architecture\"]](**facts[\"arguments\"])` in place of torchvision's `get_model`, "

@@ -150,6 +150,10 @@ def _planned(recipe: Recipe, world: int, work: Workload, known: Ranks) -> Placem
 def _all_train(recipe: Recipe, world: int, work: Workload, known: Ranks) -> Placement:
     """Where no teacher is asked; in that number of groups of students which has the shortest predicted step."""
     accumulation, groups, steps = recipe.placement.accumulation, possible_groups(recipe, world), {}
+    every = [Planner(replace(work, groups=count), world, accumulation, {}, known) for count in groups]
+    least = min(one.work.student_memory(world, accumulation) for one in every)
+    if least > known.usable_by_all(world) and chooses(recipe, world):
+        raise UserError(every[0].why_none(every))
     for count in groups if len(groups) > 1 else ():
         grouped = replace(work, groups=count)
         if Planner(grouped, world, accumulation, {}, known).trains(world):

@@ -206,6 +206,7 @@ class Placement(Section):
     # cross between them, and batch statistics are of 1/n as many ranks. As many as students: each has ranks of its own.
     # Left out: one, or with kind auto and neither student_ranks nor shards the number with the shortest predicted step.
     student_groups: Whole | None = None
+    memory_gib: Positive | None = None  # of each rank, to be planned with where its device has more
 
 
 class DeepSpeed(Section):

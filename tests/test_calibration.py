@@ -2,9 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from ranks import refused, run
+
+from pkd.data import load_data
+from pkd.figures import Keys, surroundings
+from pkd.pyramid import build_pyramid
+from pkd.recipe_file import digest, load_recipe
+from pkd.timings import Timings
 
 
 def started(tiny, taught, folder, cache, *changes) -> str:
@@ -58,6 +65,35 @@ def test_without_teachers_students_are_in_groups_where_their_gradients_took_long
             if figure["key"]["part"] == part:
                 file.write_text(json.dumps(figure | {"seconds": seconds}))
         assert f"the students in {groups}" in distill(part, "objective.kind=alone")
+
+
+@pytest.fixture(scope="module")
+def keys(tiny):
+    recipe = load_recipe(str(tiny), [])
+    data = load_data(recipe.data)
+    pyramid = build_pyramid(recipe.pyramid, data.classes, 0)
+    return Keys(recipe, pyramid, data, surroundings(["a GPU"], 8, 64), 64, True)
+
+
+def test_what_networks_and_views_take_serves_worlds_of_other_sizes(keys):
+    other = replace(keys, where=surroundings(["a GPU"], 8, 40), world=40)
+    for part in (Keys.train, Keys.view, *(lambda one, t=t: one.forward(t) for t in keys.pyramid.teachers)):
+        assert part(keys) == part(other)
+    assert keys.links() != other.links() and keys.sync() != other.sync()
+    slower = replace(keys, where=surroundings(["a GPU"], 4, 64))
+    assert not {digest(key) for key in keys.all()} & {digest(key) for key in slower.all()}, "fewer measured beside it"
+
+
+def test_seconds_that_were_not_measured_are_estimates_and_their_source_says_which(keys):
+    estimates = Timings(dict.fromkeys((t.name for t in keys.pyramid.teachers), 7.0), 1.0, 1.0, (0.5, 0.5), 9.0)
+    figures = {digest(keys.forward(t)): [3.0] for t in keys.pyramid.teachers}
+    figures[digest(keys.train())] = [0.5, 0.8, 0.1, 0.001, 0.4, 0.6]
+    found = keys.timings(figures, estimates)
+    assert set(found.blocks.values()) == {3.0} and found.parts == (0.4, 0.6) and found.view == 9.0
+    assert found.links == estimates.links and found.source == "measured, but for view and links"
+    figures |= {digest(keys.view()): [2.0], digest(keys.links()): [0.1, 1.1, 1000.0]}
+    whole = keys.timings(figures, estimates)
+    assert whole.view == 2.0 and whole.links.bandwidth == 2 * 63 / 64 * 1000 and whole.source == "measured"
 
 
 def test_plan_takes_what_was_timed_here_or_a_data_sheet(tiny, first):

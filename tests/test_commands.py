@@ -16,7 +16,7 @@ from pkd.predictions import Predictions
 LINE = {"epoch", "step", "train", "validation", "ensemble", "learning_rate", "images_per_second", "seconds",
         "steady_images_per_second", "wait_seconds", "peak_memory_bytes", "busy"}
 SUMMARY = {"recipe", "identity", "seed", "fingerprint", "world_size", "placement", "made_by", "complete", "evaluated",
-           "teachers", "students", "ensemble", "test_images", "test_readings", "images_per_second", "wall_seconds"}
+           "teachers", "students", "ensemble", "images", "test_images", "test_readings", "images_per_second", "wall_seconds"}
 NETWORK = {"architecture", "library", "arguments", "width", "classes", "channels", "view_size", "input_channels",
            "input_size", "mean", "std", "parameters", "sha256", "name", "validation"}
 

@@ -117,7 +117,7 @@ def test_an_onnx_file_takes_uint8_batches_of_any_size_and_tells_its_classes_and_
 def test_class_names_are_text_in_a_card_and_a_view_that_is_not_square_is_left_to_the_reader():
     facts = {"view_size": (8, 12), "channels": 1, "classes": ["a*b", "<c>", "d_e|f"], "input_size": (8, 12), "mean": [0.5],
              "std": [0.5]}
-    assert r"a\*b, \<c\>, d\_e\|f." in _data(load_recipe("digits"), facts)[0]
+    assert r"a\*b, \<c\>, d\_e\|f." in _data(load_recipe("digits"), facts, {})[0]
     said = _preprocessing(facts)
     assert not said["do_resize"] and not said["do_center_crop"] and said["crop_size"] == {"height": 8, "width": 12}
     square = _preprocessing({**facts, "view_size": (8, 8)})
@@ -168,27 +168,57 @@ def test_a_hub_folder_has_a_card_that_states_data_objective_figures_and_seeds(ex
     assert config["id2label"]["3"] == "3" and config["architecture"] == "pkd_shuffle"
 
 
-def test_the_readmes_snippet_loads_a_student_into_plain_torchvision(tiny, new_run, digits, tmp_path):
+def answer(code: str, place: Path) -> dict[str, float]:
+    """What a program without pkd prints, started in `place`: class -> probability."""
+    said = subprocess.run([sys.executable, "-I", "-c", WITHOUT_PKD + code], cwd=place, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    return ast.literal_eval(said.stdout)
+
+
+def agrees(found: dict[str, float], wanted: dict) -> bool:
+    """wanted: a row of the table that pkd predict writes."""
+    name = max(found, key=found.get)
+    return name == wanted["class"] and found[name] == pytest.approx(float(wanted["probability"]), abs=1e-5)
+
+
+def readme_snippet(path: Path) -> str:
+    return re.search(r"```python\n(import json\n.*?)```", path.read_text(), re.S)[1]
+
+
+def test_the_readmes_snippet_loads_students_and_ensemble_into_plain_torchvision(tiny, new_run, digits, tmp_path):
     folder, teachers_from = new_run("run")
     run(1, "distill", tiny, "--run-folder", folder, teachers_from, "--steps", 2,
-        "students.0.model={name: shufflenet_v2_x0_5, input_size: 24, mean: [0.2, 0.3, 0.4]}")
+        "students.0.model={name: shufflenet_v2_x0_5, input_size: 24, mean: [0.2, 0.3, 0.4]}",
+        "students.1.model=shufflenet_v2_x0_5")
     run(1, "evaluate", folder, "--steps", 5)
     run(1, "export", folder, "--to", tmp_path / "exported")
     run(1, "export", folder, "--to", tmp_path / "hub", "--format", "hub")
     # Neither of the right size nor of the right mode, so that all of the preprocessing counts.
     Image.fromarray(digits[3, 0].numpy()).resize((23, 38)).convert("RGB").save(tmp_path / IMAGE)
-    run(1, "predict", folder, tmp_path / IMAGE, "--student", "mobile", "--csv", tmp_path / "said.csv")
-    wanted = rows_of(tmp_path / "said.csv")[0]
+    run(1, "predict", folder, tmp_path / IMAGE, "--csv", tmp_path / "said.csv")
+    run(1, "predict", folder, tmp_path / IMAGE, "--student", "mobile", "--csv", tmp_path / "mobile.csv")
+    wanted, alone = (rows_of(tmp_path / name)[0] for name in ("said.csv", "mobile.csv"))
     shutil.copy(tmp_path / IMAGE, tmp_path / "hub" / "image.png")
     for place, readme in ((tmp_path, REPOSITORY / "README.md"), (tmp_path / "hub", tmp_path / "hub" / "README.md")):
-        code = re.search(r"```python\n(import json\n.*?)```", readme.read_text(), re.S)[1]
+        code = readme_snippet(readme)
         assert code.count("\n") == SNIPPET.count("\n")
         assert sum(bool(line) and "import" not in line for line in code.splitlines()) <= 10
-        said = subprocess.run([sys.executable, "-I", "-c", WITHOUT_PKD + code], cwd=place, capture_output=True, text=True)
-        assert said.returncode == 0, said.stderr
-        found = ast.literal_eval(said.stdout)
-        name = max(found, key=found.get)
-        assert name == wanted["class"] and found[name] == pytest.approx(float(wanted["probability"]), abs=1e-5)
+        assert agrees(answer(code, place), wanted)
+    assert agrees(answer(code.replace('["mobile", "shuffle"]', '["mobile"]'), tmp_path / "hub"), alone)
+
+
+def test_small_models_load_without_pkd_from_the_one_file_that_defines_them(exports, pictures, tmp_path):
+    shutil.copytree(exports["safetensors"], tmp_path / "exported")
+    shutil.copy(REPOSITORY / "pkd" / "small_models.py", tmp_path / "small_models.py")
+    image = pictures / "3" / "03.png"
+    shutil.copy(image, tmp_path / IMAGE)
+    run(1, "predict", exports["run"], image, "--csv", tmp_path / "said.csv")
+    theirs = "from torchvision.models import get_model"
+    code = readme_snippet(REPOSITORY / "README.md")
+    assert theirs in code and 'get_model(facts["architecture"]' in code
+    code = code.replace(theirs, "import sys\nsys.path.insert(0, '.')\nfrom small_models import SMALL_MODELS")
+    code = code.replace('get_model(facts["architecture"]', 'SMALL_MODELS[facts["architecture"]](')
+    assert agrees(answer(code.replace("](,", "]("), tmp_path), rows_of(tmp_path / "said.csv")[0])
 
 
 def test_predict_goes_through_folders_and_writes_a_table(exports, pictures, tmp_path):
@@ -200,8 +230,9 @@ def test_predict_goes_through_folders_and_writes_a_table(exports, pictures, tmp_
     before = (tmp_path / "all.csv").read_bytes()
     assert "all.csv already exists" in refused(1, "predict", exports["hub"], pictures, "--csv", tmp_path / "all.csv")
     assert (tmp_path / "all.csv").read_bytes() == before
-    said = run(1, "predict", exports["onnx"], pictures / "3" / "03.png", "--top", 99)[0].out
-    assert len(re.findall(r"\d\.\d{4}", said)) == 10, "no more classes than there are"
+    for words, many in ((("--top", 99), 10), ((), 5)):  # no more classes than there are; five by default
+        said = run(1, "predict", exports["onnx"], pictures / "3" / "03.png", *words)[0].out
+        assert len(re.findall(r"\d\.\d{4}", said)) == many
 
 
 def test_images_that_cannot_be_read_are_counted_and_named_and_nothing_is_written(exports, pictures, tmp_path):

@@ -37,6 +37,7 @@ def test_ranks_on_one_device_share_its_memory():
     mixed = [rank("a"), rank("a"), rank("b", **first), rank("b", **second), rank("c"), rank("c", **first),
              rank("d", **second), rank("d", **second)]
     assert memory_per_rank(mixed) == tuple(GIB * n for n in (32, 32, 80, 80, 64, 80, 40, 40))
+    assert memory_per_rank(mixed, 36.5) == tuple(int(GIB * n) for n in (32, 32, *[36.5] * 6)), "no more than is asked for"
 
 
 def test_a_nodes_cores_are_those_that_any_of_its_ranks_may_use():

@@ -187,8 +187,12 @@ def test_status_tells_where_a_run_stands_while_it_runs(tiny, new_run):
     process = start("torchrun", tiny, teachers_from, "--run-folder", folder, "--phases", "distill", "distill.epochs=500")
     wait_for_step(folder, 14)
     said = run(1, "status", folder)[0].out
+    run(1, "report", folder)
+    assert process.poll() is None, "status and report are of a run that goes on"
     os.kill(process.pid, signal.SIGTERM)
     assert ended(process, END)[0] == 0
+    page = (folder / "report.html").read_text()
+    assert "Distillation is not finished (running)" in page and "of 500 epochs" in page and ">Training</h2>" in page
     assert "is writing, 6 of 6 teachers done" in said and "distill: running, epoch" in said
     assert "last checkpoint: step-" in said and "s ago" in said
     process = start("torchrun", tiny, teachers_from, "--run-folder", folder, "--phases", "distill", "distill.epochs=500")

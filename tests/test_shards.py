@@ -1,5 +1,6 @@
 """Teachers that no rank can hold: several ranks hold one together, and nothing else changes."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -38,6 +39,28 @@ def test_losses_are_equal_bit_for_bit_whether_a_teacher_is_whole_or_in_shards(ti
     last = CO_LOCATED, "teachers.forward_channels_last=true"  # weights lie otherwise in shards
     both = distilled(2, tiny, new_run("co-located"), *last)
     assert distilled(2, tiny, new_run("over all"), *last, "placement.shards.level0=2") == both
+
+
+def test_what_no_rank_has_room_for_lies_in_shards_and_trains_under_zero_3(tiny, tmp_path):
+    """placement auto, with ranks that may use so much: a teacher of 42 MiB, then a student whose weights, gradients and
+    states are 130 MiB; half a GB of each rank is the libraries'.
+    """
+    def gib(mib: float) -> str:
+        return f"placement.memory_gib={mib / 0.9 / 1024}"
+    top = ("pyramid=[{teachers: 1, model: {name: pkd_resnet_m, width: 8}}]", "objective.kind=top", "teachers.steps=1",
+           *LIGHT)
+    run(1, "teach", tiny, "--run-folder", tmp_path / "top", *top)
+    said = run(3, "distill", tiny, "--run-folder", tmp_path / "top", *top, gib(510), "--steps", 2)[0].out
+    assert "no rank has room for the teachers whole" in said and "ranks 1-2: level0 in 2 shards" in said
+    assert "in 2 shards" not in json.dumps(placed(tiny, *top)), "all of this machine's memory is enough"
+    students = ("students=[{name: large, model: {name: pkd_resnet_l, width: 4}, lr: 0.1}]", "objective.kind=alone", gib(640))
+    words = ("distill", tiny, "--run-folder", tmp_path / "large", *students, "deepspeed.students=zero0")
+    assert "does not fit on 2 rank(s)" in refused(2, *words) and not (tmp_path / "large" / "placement.json").exists()
+    assert "epoch 1/2" in run(2, *words[:-1], "deepspeed.students=zero3", "--steps", 2)[0].out
+
+
+def placed(tiny, *words) -> dict:
+    return json.loads(run(1, "plan", tiny, "--world", 3, "--json", *words)[0].out)
 
 
 def test_a_killed_rank_of_a_shard_group_ends_the_job_and_it_comes_to_the_same_students(tiny, new_run, whole):

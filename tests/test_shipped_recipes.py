@@ -57,7 +57,9 @@ def test_every_recipe_is_tried_here():
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_begins_with_commands_that_pkd_accepts_and_says_what_they_give(name):
     text = " ".join(head(name))
-    assert "Not run here" in text or re.search(r"seeds? [\d, ]+: [\d., ]+ %", text), "no figure"
+    assert head(name)[0].startswith("   ") and commands(name), "it does not begin with a command"
+    figure = r"seeds? [\d, ]+: [\d., ]+ %", r"\d (seconds|minutes|hours)", r"\d (CPU|GPU|ranks|cores|H\d00)|two cores"
+    assert "Not run here" in text or all(re.search(one, text) for one in figure), "no figure with seeds, time and machine"
     found = [words[words.index("pkd") + 1:] for words in commands(name) if "pkd" in words]
     assert found
     for words in found:

@@ -19,7 +19,7 @@ from pkd.files import write_json
 from pkd.lock import Lock
 from pkd.study.command import Study, seeds
 from pkd.study.results import all_readings, go_on_counting, keep_readings, packed, readings, right
-from pkd.study.table import arms_table, differences_table, remarks
+from pkd.study.table import arms_table, differences_table, networks_table, remarks
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=70))
@@ -74,6 +74,7 @@ def test_an_unfinished_study_compares_the_seeds_that_both_arms_have():
     said = "\n".join(remarks(found))
     assert "single seed" in said and "composed-seed-1" in said and "read 3 times" in said
     assert arms_table(found).row_count == 2 and differences_table(found).row_count == 1
+    assert networks_table(found).row_count == sum(len(own["networks"]) for own in found["arms"].values()) == 4
 
 
 @pytest.mark.parametrize("arm", ["peers", "paper"])
@@ -196,6 +197,20 @@ def test_teachers_and_archives_are_shared_and_copied_rather_than_made_again(stud
         students = json.loads((folder / "runs" / f"top-seed-{seed}" / "students" / "students.json").read_text())
         assert students["soft_targets"]["folder"] == str(path / "soft-targets")
         assert not (folder / "runs" / f"top-seed-{seed}" / "teachers").exists()
+
+
+def test_on_several_ranks_arms_share_their_specialists_and_one_archive(tiny, taught, tmp_path):
+    shutil.copytree(taught, tmp_path / "teachers" / "given-seed-0")
+    said = run(1, "study", tiny, "views.finite=2", "--arms", "composed,soft", "--arm", "soft=objective.temperature=2",
+               "--seeds", "0,", "--study-folder", tmp_path, "--on", "torchrun", "--ranks-per-node", 2, timeout=400)[0].out
+    assert "level0, level1-0, level1-1, level2-0, level2-1, level2-2" in said, "all teachers are taken over"
+    starts = [line.partition(":")[0] for line in said.splitlines() if "-m pkd " in line]
+    assert starts == ["archive", "distill", "evaluate", "distill", "evaluate"]
+    found = json.loads((tmp_path / "study.json").read_text())
+    assert found["complete"] and found["world_sizes"] == [2] and found["micro_batches"] == [16]
+    one, other = (json.loads((tmp_path / "results" / f"{arm}-seed-0.json").read_text()) for arm in ("composed", "soft"))
+    assert len(one["teachers"]) == 6 and one["teachers"] == other["teachers"] and one["networks"] != other["networks"]
+    assert one["teacher_flops"] == pytest.approx(found["pyramid_flops"], rel=0.2), "even shares stand for its own groups"
 
 
 def test_a_finished_run_of_other_settings_is_not_taken_for_what_is_asked_now(studied, tiny, tmp_path):

@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from ranks import LIGHT, run, students, teachers, trace
+import torch
+from ranks import LIGHT, REPOSITORY, run, students, teachers, trace
 
 from pkd.data import load_data
+from pkd.recipe import Data
 from pkd.recipe_file import load_recipe
 
 
@@ -55,3 +57,17 @@ def test_losses_are_equal_bit_for_bit_wherever_the_teachers_sit(tiny, partly, ow
     asked = [samples if objective == "composed" else np.isin(labels, group).sum() for group in specialists]
     logits = 10 * samples + sum(len(group) * rows for group, rows in zip(specialists, asked))
     assert made["samples"] == samples and made["bytes"] == 2 * 2 * logits, "two views, two bytes a logit"
+
+
+def test_the_digits_of_few_labels_keep_all_images_and_the_same_test_split(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "launch"))
+    from hide_labels import main
+
+    main(["--labels", "305", "--to", str(tmp_path / "few.npz")])
+    data, whole = (load_data(Data(name=name, path=path, unlabelled=path is not None))
+                   for name, path in (("npz", str(tmp_path / "few.npz")), ("digits", None)))
+    assert len(data.splits["train"]) == 300 and data.labels[data.splits["train"]].bincount().tolist() == [30] * 10
+    assert len(data.students_see) == len(whole.splits["train"]) and data.classes == whole.classes
+    for split in ("validation", "test"):
+        assert torch.equal(data.images[data.splits[split]], whole.images[whole.splits[split]])
+        assert torch.equal(data.labels[data.splits[split]], whole.labels[whole.splits[split]])

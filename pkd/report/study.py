@@ -28,9 +28,11 @@ def _page(study: Study) -> Page:
     tree = study.tree
     subtitle = (f"{tree['classes']} classes · {counted(len(study.arms), 'arm')} · "
                 f"{counted(len(tree['seeds']), 'seed')} · "
-                f"{tree['test_images']} test images, read {tree['test_readings']} times in all · "
+                + f"{tree['test_images']} test images, read {tree['test_readings']} times in all · " * bool(study.arms)
                 + time.strftime("%Y-%m-%d %H:%M", time.localtime(tree["written"])))
-    sections = [_verdict(study), _table(study), _differences(study), _compute(study), _readings(study)]
+    sections = [_verdict(study)]
+    if study.arms:
+        sections += [_table(study), _differences(study), _compute(study), _readings(study)]
     changes = {name: arm["changes"] for name, arm in study.arms.items()}
     return Page(f"Study {tree['recipe']}", subtitle, _cards(study), _notes(study), [s for s in sections if s],
                 json.dumps(changes, indent=2, ensure_ascii=False))
@@ -137,8 +139,8 @@ def _compute(study: Study) -> Section | None:
         return None
     said = ", ".join(f"{name} {study.cost(study.arms[name]['teacher_flops']):.2f} {percent(study.accuracy(name))}"
                      for name in names)
-    return Section("Compute", ["What training the teachers costs, and the ensemble that comes of it. The line joins "
-                               "the arms that none beats at the same or less compute."], [
+    return Section("Compute", ["What the teachers cost, training and answers, and the ensemble that comes of it. The line "
+                               "joins the arms that none beats at the same or less compute."], [
         Plot("compute", "Teachers' compute and the ensemble's accuracy",
              f"Points for each arm, cost of its teachers and accuracy: {said}.", partial(compute, study, names))])
 
@@ -151,4 +153,5 @@ def _readings(study: Study) -> Section:
                   folded=True, words=frozenset({0, 1}))
     return Section("Readings and teachers", [
         f"The test split of {tree['test_images']} images was read {tree['test_readings']} times for {study.runs} finished "
-        "runs; every choice was made on the validation split."], [table] * bool(rows))
+        "runs. What pkd chose, the best epochs, the best control and its challenger, it chose by the validation split."],
+        [table] * bool(rows))

@@ -51,7 +51,7 @@ class Study:
         return (self.arms[arm]["networks"].get(ENSEMBLE, {}).get("accuracy") or [None])[0]
 
     def cost(self, flops: float) -> float:
-        """Relative to training the recipe's pyramid."""
+        """Relative to what the recipe's pyramid costs."""
         return flops / self.tree["pyramid_flops"]
 
 

@@ -65,7 +65,7 @@ def compute(study: Study, names: list[str], theme: Theme) -> Figure:
                       zorder=3 * number + 1)
     axes.margins(0.08, 0.12)
     axes.set_ylim(top=min(axes.get_ylim()[1], 101))
-    axes.set(xlabel="cost of training the teachers, the pyramid's being 1",
+    axes.set(xlabel="cost of the teachers' training and answers, the pyramid's being 1",
              title="ensemble's test accuracy, % (mean ± sd over seeds)")
     handles, labels = axes.get_legend_handles_labels()
     out.legend([handle[0] for handle in handles], labels, loc="outside right upper", markerscale=0.6)

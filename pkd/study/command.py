@@ -31,7 +31,7 @@ from pkd.study.results import (
     refuse_other,
     result_path,
 )
-from pkd.study.table import arms_table, differences_table, remarks
+from pkd.study.table import arms_table, differences_table, networks_table, remarks
 from pkd.study.teachers import archived, folder_name, hand_on, teacher_words
 
 MOST = 100  # seeds
@@ -122,6 +122,8 @@ class Study:
         elif self.arguments.dry_run:
             wanted = self.seeds[:1]  # the others are alike
         ended: dict[str, int] = {}  # name -> exit code of what did not come to its end
+        if not (self.arguments.dry_run or (self.folder / "study.json").exists()):
+            self.aggregate()  # so that pkd report has something to say from the beginning
         for seed in wanted:
             trials = [trial for trial in self.trials if trial.recipe.seed == seed and not self.is_done(trial)]
             lock = self._lock(seed) if trials and not self.arguments.dry_run else None
@@ -249,6 +251,7 @@ def study(arguments: argparse.Namespace, console: Console) -> int:
         os.write(out, (json.dumps(found, indent=2) + "\n").encode())
         return code
     console.show(arms_table(found))
+    console.show(networks_table(found))
     if found["differences"]:
         console.show(differences_table(found))
     console.say("\n".join(remarks(found)))

@@ -30,6 +30,19 @@ def arms_table(study: dict) -> Table:
     return out
 
 
+def networks_table(study: dict) -> Table:
+    """Every student and the ensemble of every arm, with calibration and loss of its own."""
+    out = Table(title="every network: mean ± sd over seeds")
+    columns = ("arm", "network", "accuracy %", "validation %", "ECE %", "NLL")
+    for column in columns:
+        out.add_column(column, justify="left" if column in columns[:2] else "right")
+    for arm, own in study["arms"].items():
+        for name, figures in own["networks"].items():
+            out.add_row(arm, name, _spread(figures["accuracy"], 100, 1), _spread(figures["validation_accuracy"], 100, 1),
+                        _spread(figures["calibration_error"], 100, 1), _spread(figures["loss"], 1, 3))
+    return out
+
+
 def differences_table(study: dict) -> Table:
     """Of the ensembles with their intervals, of the students without; in points."""
     names = [name for name in _networks(study) if name != ENSEMBLE]
@@ -66,7 +79,7 @@ def remarks(study: dict) -> list[str]:
                                                            for own in study["arms"].values()}))
     out.append("teachers' cost is the arithmetic of their training and answers, the pyramid's being 1"
                + f", the students' {students} in every arm" * bool(students)
-               + "; ECE (calibration error) and NLL (loss) are the ensemble's")
+               + "; ECE is the expected calibration error, NLL the loss, in the first table the ensemble's")
     return [*out, f"the test split was read {study['test_readings']} times in all"]
 
 

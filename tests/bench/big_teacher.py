@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 import yaml
+from commit import commit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -125,7 +126,8 @@ def main() -> None:
         files = sorted(path.name for path in RunFolder(folder).teachers.glob("*safetensors*"))
     (HERE / "RESULTS-big-teacher.md").write_text("\n".join([
         "# A teacher that several ranks hold together", "",
-        f"Written by `python tests/bench/big_teacher.py` in {time.perf_counter() - began:.0f} s: torch {torch.__version__}, "
+        f"Written by `python tests/bench/big_teacher.py` at commit {commit()} in {time.perf_counter() - began:.0f} s: torch "
+        f"{torch.__version__}, "
         f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}, one thread a rank, gloo.", "",
         f"A vision transformer, {whole['size'] / MIB:,.1f} MiB of fp32 weights (the largest tensor "
         f"{whole['largest'] / MIB:.1f}) in {', '.join(files)}. MiB are of live tensor storages, the largest rank's; "

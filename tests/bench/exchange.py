@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import socket
 import struct
-import subprocess
 import sys
 import time
 import zlib
@@ -240,9 +239,9 @@ def page(ask: argparse.Namespace) -> str:
         assert first == other, "both kinds bring the same bits"
         lines += [f"| {name if kind == KINDS[0] else ''} | {row(kind, found)}" for kind, found in by_kind.items()]
         print(*lines[-2:], sep="\n", flush=True)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
-                            text=True).stdout.strip()
-    return PAGE.format(commit=commit, cores=os.cpu_count(), cases="\n".join(lines),
+    from commit import commit  # which lies beside this file: the tests import that as a part of a package
+
+    return PAGE.format(commit=commit(), cores=os.cpu_count(), cases="\n".join(lines),
                        beyond="\n".join(map(beyond, BEYOND)))
 
 

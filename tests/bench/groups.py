@@ -15,6 +15,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 import numpy as np
 import torch
 import yaml
+from commit import commit
 
 from pkd.bench import FEW, Program, Trial, ratio, spread, take_turns
 
@@ -57,7 +58,8 @@ def main() -> None:
                     programs.append(Program(f"{case}: {kind}", lambda trial=trial: trial.rate(ask.steps)[0]))
         rates = take_turns(programs, ask.rounds, lambda text: print(text, flush=True))
     lines = ["# Students in groups", "",
-             f"Written by `tests/bench/groups.py` on {os.cpu_count()} CPU cores, torch {torch.__version__}: two ranks of "
+             f"Written by `tests/bench/groups.py` at commit {commit()} on {os.cpu_count()} CPU cores, torch "
+             f"{torch.__version__}: two ranks of "
              f"one thread, batch 64 of 32 pixels, two students; `together`: one engine, {64 // 2} samples a rank, gradients "
              "all-reduced; `split`: a student a rank, 64 samples. "
              f"{ask.rounds} rounds of {ask.steps} steps in which every program takes its turn; a ratio is of one round.", "",

@@ -19,6 +19,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import numpy as np
 import torch
+from commit import commit
 
 from pkd.bench import spread
 from pkd.ds_config import load_ds_config
@@ -171,9 +172,10 @@ def main() -> None:
     device = world.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_model()}, one thread"
     lines = ["# Kernels of students' steps and teachers' forwards", "",
-             f"Written by `tests/bench/kernels.py` on {where}, torch {torch.__version__}: {ask.rows} rows of {ask.size} "
-             f"pixels, {ask.classes} classes, {ask.rounds} rounds in which every variant takes its turn; a ratio is of one "
-             "round." + " Seconds are those that the process computed." * (device.type == "cpu"), "",
+             f"Written by `tests/bench/kernels.py` at commit {commit()} on {where}, torch {torch.__version__}: "
+             f"{ask.rows} rows of {ask.size} pixels, {ask.classes} classes, {ask.rounds} rounds in which every variant "
+             f"takes its turn; a ratio is of one round. What takes {TOO_LONG} times as long as the first variant has no row."
+             + " Seconds are those that the process computed." * (device.type == "cpu"), "",
              "| students | kernels | ms a step: min | median | max | of fp32's time: min | median | max |",
              "|---|---|---|---|---|---|---|---|"]
     for nets in (STUDENTS[:1], STUDENTS[1:]):

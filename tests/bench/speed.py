@@ -23,6 +23,7 @@ sys.path.insert(0, str(REPOSITORY))
 import numpy as np
 import torch
 import yaml
+from commit import changed, commit
 
 from pkd.bench import Program, Trial, spread, take_turns
 from pkd.data import load_data
@@ -34,39 +35,48 @@ from pkd.recipe_file import load_recipe
 from pkd.teacher import TeacherHost, images_last
 
 HEAD = """\
-Written by `launch/bench.sh --rounds {rounds} --steps {steps}` at commit {commit}: {cores} cores, {processor};
+Written by `launch/bench.sh speed` at commit {commit}: {cores} cores, {processor};
 {versions}.
 {rounds} rounds; in each, every program runs once: {steps} steps of 64 images (the published loop: half of them), the first
 quarter of which warms up; pkd beside teachers {ours}, of which {timed} count that neither warm up nor have teachers that
 are done already, and for which teachers answer as many. A ratio compares two runs of one round. ResNet-101 / 2 x ResNet-50
 / 4 x ResNet-18 teachers, 2 x MobileNetV2 and 2 x ShuffleNetV2 students, the paper's objective, 32 pixels, 100 classes, no
 augmentation: one view of an image, for which the archive is filled once; that was timed once, before the rounds, and a
-whole run is reckoned from it and from the speed of an epoch after the first. Two cores for each program: two threads in one
-process, or two ranks of one thread. pkd is placed by auto, the default, which chose for students alone: {alone}; from the
-archive: {archive}; online: {online}. In groups, each rank trains some of the students on whole batches, as the published
-loop does; "in one group", which auto may not leave there, both ranks train all four on half of each batch and average their
-gradients. The steady state leaves out that at an epoch's start students wait for the first answers. Our kernels: students
-fp32, channels last, with pkd.depthwise; teachers {kernels}. pkd's teachers answer {answer_steps} steps at once in
-blocks of {rows} rows. "Co-located": both ranks answer for teachers, too, and each trains some of the students.
+whole run is reckoned from it and from the speed of an epoch after the first (below is one by the clock). Two cores for each
+program: two threads in one process, or two ranks of one thread. pkd is placed by auto, the default, which chose for students
+alone: {alone}; from the archive: {archive}; online: {online}. In groups, each rank
+trains some of the students on whole batches, as the published loop does; "in one group", which auto may not leave there,
+both ranks train all four on half of each batch and average their gradients. The steady state leaves out that at an epoch's
+start students wait for the first answers. Our kernels: students fp32, channels last, with pkd.depthwise; teachers {kernels}.
+pkd's teachers answer {answer_steps} steps at once in blocks of {rows} rows. "Co-located": both ranks answer for teachers,
+too, and each trains some of the students. With a core each the teachers are lighter, ResNet-50 / 2 x ResNet-18, so that
+their work is at most 0.8 of the students'. Against torchdistill it is one ResNet-50 and one MobileNetV2, the soft targets of
+the top teacher: the same arithmetic, layout and fused SGD in both, but torchdistill asks its teacher about each batch by
+itself, as its loop does.
 """
 ONE_GROUP = "placement.student_groups=1"
 ANSWERS = {"window": 16, "answer_steps": 16}
 ROWS = 64, 128  # of a block; the first unless the last takes a twentieth less time for as many: it pads more
 AHEAD = ANSWERS["window"] + ANSWERS["answer_steps"]  # steps that teachers may be ahead
-EPOCHS = 4  # of the whole run that is compared with what was reckoned
+EPOCHS = 30  # of a whole run
 PACKAGES = ("torch", "torchvision", "deepspeed", "torchdistill")
 NO_WARM_UP = {"schedule": "constant", "warmup_steps": 0}
 
 
+def noise(folder: Path, count: int) -> dict:
+    """A data set of so many images: nobody's speed depends on what they show."""
+    chance, path = np.random.default_rng(0), folder / f"noise-{count}.npz"
+    np.savez(path, x_train=chance.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8), y_train=np.arange(count) % 100,
+             x_test=chance.integers(0, 256, (100, 3, 32, 32), dtype=np.uint8), y_test=np.arange(100) % 100,
+             classes=np.array([f"{c:02}" for c in range(100)]))
+    return {"name": "npz", "path": str(path)}
+
+
 def recipes(folder: Path, forward: str, rows: int) -> dict[str, Path]:
     """The paper's pyramid, objective and students from torchvision, 32 pixels, 100 classes, batch 64; and one teacher with
-    one student. Noise serves as images: nobody's speed depends on them. forward: the teachers' arithmetic; rows: of a block.
+    one student. forward: the teachers' arithmetic; rows: of a block.
     """
-    chance = np.random.default_rng(0)
-    np.savez(folder / "noise.npz", x_train=chance.integers(0, 256, (4800, 3, 32, 32), dtype=np.uint8),
-             y_train=np.arange(4800) % 100, x_test=chance.integers(0, 256, (100, 3, 32, 32), dtype=np.uint8),
-             y_test=np.arange(100) % 100, classes=np.array([f"{c:02}" for c in range(100)]))
-    base = {"data": {"name": "npz", "path": str(folder / "noise.npz")}, "views": {}, "compare_views": False,
+    base = {"data": noise(folder, 4800), "views": {}, "compare_views": False,
             "teachers": {"steps": 10, "lr": 1e-4, "batch": 32, "forward": forward}, "distill": {"epochs": 1, "batch": 64},
             "deepspeed": {"students": "zero0"}, "checkpoint_minutes": 1000, **ANSWERS, "answer_rows": rows}
     nets = ("mobilenet_v2", "shufflenet_v2_x1_0")
@@ -83,6 +93,7 @@ def recipes(folder: Path, forward: str, rows: int) -> dict[str, Path]:
     # For the comparison of losses: at the paper's rates a rounding error of 5e-6 is one of 1e-2 after two steps.
     slow = [{**student, "lr": student["lr"] / 100} for student in students]
     kinds["paper-slow"] = {**kinds["paper"], "students": slow}
+    kinds["paper-whole"] = {**kinds["paper"], "data": noise(folder, 1200), "distill": {"epochs": EPOCHS, "batch": 64}}
     eager = {**base["teachers"], "forward": "fp32", "forward_channels_last": False}
     kinds["pair-eager"] = {**kinds["pair"], "channels_last": False, "teachers": eager}
     out = {}
@@ -121,14 +132,9 @@ class Bench:
         self.folder, self.steps, self.recipes = folder, steps, recipes(folder, self.forward, self.rows)
         self.ours = enough(2 * steps + AHEAD, AHEAD, ANSWERS["answer_steps"])
         self.timed = steady(0, self.ours, AHEAD, ANSWERS["answer_steps"])
-        # What is measured: let nobody edit it meanwhile. Pages of results, such as the one that this writes, are not.
-        def git(*words: str) -> bytes:
-            return subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True).stdout
-
-        changed = git("diff", "HEAD", "--", ".", ":(exclude)tests/bench/RESULTS*.md")
-        self.commit = git("describe", "--always").decode().strip() + "-dirty" * bool(changed)
+        self.commit = commit()  # of what is measured: let nobody edit it meanwhile
         asked = json.dumps([steps, self.forward, self.rows, ANSWERS]).encode()
-        self.kept = folder / f"rates-{self.commit}-{hashlib.sha256(asked + changed).hexdigest()[:8]}.json"
+        self.kept = folder / f"rates-{self.commit}-{hashlib.sha256(asked + changed()).hexdigest()[:8]}.json"
         self.memory: dict[str, dict[str, int]] = {}  # program -> role -> peak bytes of the largest rank
         self.holds: dict[str, dict[str, list[list[str]]]] = {}  # program -> role -> rank -> its teachers
         self.kinds: dict[str, str] = {}  # program -> its placement
@@ -234,14 +240,21 @@ class Bench:
                 raise RuntimeError(f"{out[-1]}: {ours} against {theirs}")
         return out
 
-
-    def whole_run(self) -> float:
-        """Seconds of a real run of EPOCHS epochs from the archive, from the start of its processes to their end."""
+    def whole_run(self) -> list[float]:
+        """Seconds by the clock, from the start of the processes to their end, of filling an archive and of EPOCHS epochs of
+        distilling from it.
+        """
+        taught, run = self.taught("paper-whole"), Path(tempfile.mkdtemp(prefix="whole-", dir=self.folder))
+        shutil.rmtree(taught / "soft-targets", ignore_errors=True)
         began = time.perf_counter()
-        trial = Trial(self.folder, self._words("paper", 2, 2), 2)
-        run = Path(tempfile.mkdtemp(prefix="whole-", dir=self.folder))
-        trial.phase("distill", "soft_targets=archive", f"distill.epochs={EPOCHS}", run=run)
-        return time.perf_counter() - began
+        Trial(self.folder, [str(self.recipes["paper-whole"])], 2).phase("archive", run=taught)
+        filled = time.perf_counter()
+        Trial(self.folder, self._words("paper-whole", 2, 2), 2).phase("distill", "soft_targets=archive", run=run)
+        return [filled - began, time.perf_counter() - filled]
+
+    def in_one_group(self) -> None:
+        """Online, as naive data parallelism has the students: on every rank, all of them. For its memory only."""
+        self.pkd("paper", 2, "placement={kind: co-located, student_groups: 1}", name="pkd online, in one group")
 
 
 def programs(bench: Bench) -> dict[str, Program]:
@@ -304,18 +317,22 @@ def rows(rates: dict[str, list[float]], filled: float) -> list[tuple[str, str, l
     ]
 
 
-def reckoned(bench: Bench, rates: dict[str, list[float]], filled: float, whole: float) -> str:
-    steps = len(load_data(load_recipe(str(bench.recipes["paper"]), []).data).splits["train"]) // 64
-    alone = EPOCHS * steps * 64 / spread(rates["pkd archive"])[1]
-    return (f"A real run of {EPOCHS} epochs of {steps} steps from the archive took {whole:.0f} s from the start of its "
-            f"processes to their end, with validations and the archive's hashes; its steps are reckoned at {alone:.0f} s. "
-            f"The archive was filled at {filled:.0f} images/s by two ranks.")
+def by_the_clock(bench: Bench, rates: dict[str, list[float]], filled: float, whole: list[float]) -> str:
+    steps = len(load_data(load_recipe(str(bench.recipes["paper-whole"]), []).data).splits["train"]) // 64
+    theirs = {kernels: EPOCHS * steps * 64 / spread(rates[f"published loop, {kernels}"])[1]
+              for kernels in ("eager", "our kernels")}
+    return (f"A whole run of {EPOCHS} epochs of {steps} steps by the clock: {whole[0]:.0f} s to fill the archive and "
+            f"{whole[1]:.0f} s to distill from it, from the start of the processes to their end, with {EPOCHS} validations "
+            "and the archive's hashes; the published loop's steps alone take "
+            + ", ".join(f"{seconds:.0f} s at its median speed, {kernels} ({seconds / sum(whole):.1f} times as long)"
+                        for kernels, seconds in theirs.items())
+            + f". The archive of the table was filled at {filled:.0f} images/s by two ranks.")
 
 
 def memory(bench: Bench) -> list[str]:
     naive = bench.memory["naive data parallel, our kernels"]["student"]
     out = []
-    for name in ("pkd online", "pkd online, co-located"):
+    for name in ("pkd online, in one group", "pkd online", "pkd online, co-located"):
         peaks = sorted(bench.memory[name].items(), key=lambda one: -one[1])
         said = [f"{(naive - peak) / 1e6:.0f} MB less for its largest {role} rank, where teachers of "
                 f"{bench.teachers_not_held(name, role) / 1e6:.0f} MB are not held" for role, peak in peaks]
@@ -324,7 +341,8 @@ def memory(bench: Bench) -> list[str]:
     return out
 
 
-def page(bench: Bench, rates: dict[str, list[float]], equal: list[str], rounds: int, filled: float, whole: float) -> str:
+def page(bench: Bench, rates: dict[str, list[float]], equal: list[str], rounds: int, filled: float,
+         whole: list[float]) -> str:
     processor = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                       if line.startswith("model name")), platform.processor())
     versions = ", ".join([f"Python {platform.python_version()}",
@@ -342,7 +360,7 @@ def page(bench: Bench, rates: dict[str, list[float]], equal: list[str], rounds: 
     for name, own in rates.items():
         peak = f"{max(bench.memory[name].values()) / 1e6:.0f}" if name in bench.memory else ""
         lines.append(f"| {name} | " + " | ".join(f"{value:.1f}" for value in spread(own)) + f" | {peak} |")
-    lines += ["", reckoned(bench, rates, filled, whole), "", *memory(bench), "", "Equal mathematics:", *equal]
+    lines += ["", by_the_clock(bench, rates, filled, whole), "", *memory(bench), "", "Equal mathematics:", *equal]
     return "\n".join(lines) + "\n"
 
 
@@ -370,6 +388,7 @@ def main() -> None:
             rates, bench.memory, bench.holds, bench.kinds, filled, whole = json.loads(bench.kept.read_text())
         else:
             rates, filled, whole = {program.name: [] for program in chosen}, bench.fill(), bench.whole_run()
+            bench.in_one_group()
         for number in range(len(rates["pkd online"]), arguments.rounds):
             order = chosen if number % 2 == 0 else chosen[::-1]
             for name, own in take_turns(order, 1, lambda text: print(text, flush=True)).items():

@@ -22,7 +22,7 @@ def main() -> None:
         "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
         "student": {"forward_proc": "forward_batch_only", "requires_grad": True},
         "optimizer": {"key": "SGD", "kwargs": {"lr": student.lr, "momentum": student.momentum,
-                                               "weight_decay": student.weight_decay}},
+                                               "weight_decay": student.weight_decay, "fused": True}},  # pkd's always is
         "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"kd": {
             "criterion": {"key": "KDLoss", "kwargs": {
                 "student_module_path": ".", "student_module_io": "output", "teacher_module_path": ".",
