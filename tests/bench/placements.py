@@ -24,7 +24,7 @@ from pkd.plan import plan
 from pkd.recipe_file import load_recipe
 
 HERE = Path(__file__).resolve().parent
-ROUNDS, EPOCHS = 3, 3  # the first epoch is not counted
+ROUNDS = 3
 AUTO = "placement.kind=auto"
 TWO, THREE, FOUR = (("placement.kind=co-located",
                      *(f"placement={{kind: dedicated, student_ranks: {n}}}" for n in range(1, world)),
@@ -40,13 +40,13 @@ CASES = {  # recipe, ranks, what is changed, placements made by hand
     "small, light top": (SMALL, 2, (LIGHT,), TWO),
     "small, four ranks": (SMALL, 4, (), FOUR),
 }
-KINDS = {  # images, classes, recipe
-    PAPER: (1300, 100, {
+KINDS = {  # images, classes, epochs, of which the first is not counted, recipe
+    PAPER: (1300, 100, 2, {
         "pyramid": [{"teachers": 1, "model": "resnet101"}, {"teachers": 2, "model": "resnet50"},
                     {"teachers": 4, "model": "resnet18"}], "objective": {"kind": "paper"}, "views": {},
         "students": [{"name": f"{net[:6]}{n}", "model": net} for n in (0, 1) for net in ("mobilenet_v2",
                                                                                        "shufflenet_v2_x1_0")]}),
-    SMALL: (2000, 20, {
+    SMALL: (2000, 20, 3, {
         "pyramid": [{"teachers": 1, "model": "pkd_resnet_m"}, {"teachers": 2, "model": "pkd_resnet_s"}],
         "students": [{"name": "mobile", "model": "pkd_mobile"}, {"name": "shuffle", "model": "pkd_shuffle"}],
         "views": {"crop": 4, "flip": True}}),
@@ -55,13 +55,14 @@ KINDS = {  # images, classes, recipe
 
 def recipe_file(folder: Path, kind: str) -> Path:
     """Noise serves as images: nobody's speed depends on them."""
-    chance, (images, classes, own) = np.random.default_rng(0), KINDS[kind]
+    chance, (images, classes, epochs, own) = np.random.default_rng(0), KINDS[kind]
     np.savez(folder / f"{kind}.npz", x=chance.integers(0, 256, (images, 3, 32, 32), dtype=np.uint8),
              y=np.arange(images) % classes)
     path = folder / f"{kind}.yaml"
     path.write_text(yaml.safe_dump({
         "name": "bench", "data": {"name": "npz", "path": str(folder / f"{kind}.npz")},
-        "teachers": {"steps": 1, "batch": 8, "evaluate_every": 1}, "distill": {"epochs": EPOCHS, "batch": 64}, **own}))
+        "teachers": {"steps": 10, "batch": 16, "lr": 1e-4, "schedule": "constant", "evaluate_every": 10},
+        "distill": {"epochs": epochs, "batch": 64}, **own}))
     return path
 
 
@@ -163,10 +164,10 @@ def main(folder: Path, names: list[str]) -> None:
         f"Written by `tests/bench/placements.py` at commit {commit()} on {os.cpu_count()} CPU cores, torch "
         f"{torch.__version__}, ranks of one thread each. The paper's: ResNet-101 / 2 x ResNet-50 / 4 x ResNet-18, 2 x "
         "MobileNetV2, 2 x ShuffleNetV2, the paper's objective; small: networks for small images, the composed objective. "
-        f"{ROUNDS} rounds; in each, all parts are timed anew and every placement runs {EPOCHS} epochs of 25 steps (the "
-        "paper's: 16) of 64 views of 32 pixels, the first not counted; medians over rounds, of medians over epochs. Idle: "
-        "predicted / measured, in % of the time; a student rank's measured share is what it waits for soft targets, its "
-        "predicted one holds its waiting for other students, too.", "",
+        f"{ROUNDS} rounds; in each, all parts are timed anew and every placement runs 3 epochs of 25 steps (the "
+        "paper's: 2 of 16) of 64 views of 32 pixels, the first not counted; medians over rounds, of medians over epochs. "
+        "Idle: predicted / measured, in % of the time; a student rank's measured share is what it waits for soft targets, "
+        "its predicted one holds its waiting for other students, too.", "",
         "| case | by | who is where | predicted ms | measured ms | of rounds | off by | idle % |",
         "|---|---|---|---|---|---|---|---|",
         *(row for rows, _ in found.values() for row in rows), "",
