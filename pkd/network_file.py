@@ -32,7 +32,8 @@ def teacher_identity(recipe: Recipe, teacher: Teacher, data: DataSet) -> str:
     """Hash of all that decides a teacher's weights."""
     whole = identity(recipe)
     views = {key: value for key, value in whole["views"].items() if key != "finite"}  # which is the students' limit
-    training = whole["teachers"] | {"forward": "fp32"}  # the arithmetic of their answers, later
+    training = whole["teachers"] | {"forward": "fp32",  # the arithmetic of their answers, later
+                                    "steps": recipe.training(teacher.level).steps}
     return digest({"seed": recipe.seed, "data": whole["data"], "views": views, "teachers": training,
                    "dtype": whole["dtypes"]["teachers"], "channels_last": recipe.channels_last,
                    "fingerprint": data.fingerprint, "model": part(teacher.model, free=False),
@@ -144,9 +145,10 @@ def _check_teacher(facts: dict, folder: Path, recipe: Recipe, teacher: Teacher, 
     if facts.get("identity") != teacher_identity(recipe, teacher, data):
         raise UserError(f"teacher {teacher.name} in {folder} was trained on other data or by other settings than the "
                         "recipe's: run pkd teach in another --run-folder")
-    if complete and facts["steps"] < recipe.teachers.steps:
+    steps = recipe.training(teacher.level).steps
+    if complete and facts["steps"] < steps:
         raise UserError(f"teacher {teacher.name} in {folder} was trained for {facts['steps']} of "
-                        f"{recipe.teachers.steps} steps: run pkd teach to finish it, or pass --steps for a smoke run")
+                        f"{steps} steps: run pkd teach to finish it, or pass --steps for a smoke run")
 
 
 def _few(ids: list | None) -> str:

@@ -136,6 +136,7 @@ class Level(Section):
     partition: Literal["contiguous", "random", "confusion"] = "contiguous"
     slack: NonNegative = 0.25  # confusion: a group may have so much more or less than its even share of the classes
     classes: tuple[tuple[ClassId | str, ...], ...] | None = None
+    steps: Whole | None = None  # of the training of each teacher here; left out: teachers.steps
 
     @model_validator(mode="after")
     def _one_way(self):
@@ -148,7 +149,9 @@ class Level(Section):
 
 
 class Teachers(Optimisation):
-    """How every teacher is trained; specialists take as many steps as the top, not as many epochs."""
+    """How every teacher is trained; specialists take as many steps as the top, not as many epochs, unless their level says
+    otherwise.
+    """
 
     FREE: ClassVar = ("forward_channels_last",)
     steps: Whole = 1000
@@ -269,6 +272,11 @@ class Recipe(Section):
     def together(self) -> int:
         """Steps that teachers do answer at once."""
         return 1 if self.teacher_views == "sent" else min(self.answer_steps, self.window)
+
+    def training(self, level: int) -> Teachers:
+        """How the teachers of a level are trained."""
+        steps = self.pyramid[level].steps
+        return self.teachers.model_copy(update={"steps": steps}) if steps else self.teachers
 
     @model_validator(mode="after")
     def _counts_fit(self):

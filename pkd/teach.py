@@ -43,13 +43,12 @@ def teach(job: Job, limit: int | None) -> str:
     if not wanted:
         raise UserError(f"objective.kind is {job.recipe.objective.kind}, which asks no teacher: there is nothing to teach, "
                         "run pkd distill, or ask for another objective")
-    steps = min(job.recipe.teachers.steps, limit or job.recipe.teachers.steps)
     if job.world.rank == 0 and not waiting_levels(job.recipe):
         write_json(job.run.path / "pyramid.json", job.pyramid.to_json())
     outcome, taught = "finished", set()
     while outcome == "finished":
         teachers = [teacher for teacher in _chosen(job, wanted) if teacher.name not in taught]
-        outcome = _teach(job, teachers, steps, f"round {len(taught)}")
+        outcome = _teach(job, teachers, limit, f"round {len(taught)}")
         taught.update(teacher.name for teacher in teachers)
         whole = len(job.pyramid.teachers) == len(teacher_names(job.recipe.pyramid))
         done = taught >= set(wanted) and job.teacher != "level0"  # who trains the top by itself groups the others, too
@@ -59,11 +58,14 @@ def teach(job: Job, limit: int | None) -> str:
     return outcome
 
 
-def _teach(job: Job, teachers: list[Teacher], steps: int, name: str) -> str:
-    """Train these, as far as they are not there yet; all ranks leave together, with one outcome."""
+def _teach(job: Job, teachers: list[Teacher], limit: int | None, name: str) -> str:
+    """Train these, as far as they are not there yet; all ranks leave together, with one outcome. limit: steps of each."""
+    steps = {}
     for teacher in teachers:
         _samples(job, teacher)  # too few is known before anything is trained
-    names = job.world.first(f"{name}: to do", lambda: [t.name for t in teachers if _done_steps(job, t) < steps])
+        whole = job.recipe.training(teacher.level).steps
+        steps[teacher.name] = min(whole, limit or whole)
+    names = job.world.first(f"{name}: to do", lambda: [t.name for t in teachers if _done_steps(job, t) < steps[t.name]])
     job.record()
     outcome = "finished"
     for teacher, ranks in assign([t for t in teachers if t.name in names], _costs(job), job.world.devices,
@@ -71,7 +73,7 @@ def _teach(job: Job, teachers: list[Teacher], steps: int, name: str) -> str:
         if job.world.rank in ranks and outcome == "finished":
             bridge = job.world.bridge(f"ballot {teacher.name}", ranks)
             job.world.join_island(f"teach {teacher.name}", ranks)
-            outcome = Lesson(job, teacher, ranks, bridge, steps).run()
+            outcome = Lesson(job, teacher, ranks, bridge, steps[teacher.name]).run()
             job.world.leave_island()
     job.beat("taught", group="the other ranks' teachers")
     return "stopped" if job.world.meet(name, outcome == "stopped", job.stop_wanted) else "finished"
@@ -121,7 +123,7 @@ class Lesson:
         self.job, self.teacher, self.ranks, self.steps = job, teacher, ranks, steps
         job.beat(f"building {teacher.name}", 0, f"the island of {teacher.name}")
         job.starting()
-        self.settings, self.data, self.device = job.recipe.teachers, job.data, job.world.device
+        self.settings, self.data, self.device = job.recipe.training(teacher.level), job.data, job.world.device
         self.leader = job.world.rank == ranks[0]
         self.folder = job.run.teachers / f"{teacher.name}.training"
         endless = job.recipe.views.model_copy(update={"finite": None})
@@ -319,6 +321,6 @@ def _done_steps(job: Job, teacher: Teacher) -> int:
 
 
 def _costs(job: Job) -> dict[str, float]:
-    """Relative training cost; every teacher takes as many steps of as many samples."""
+    """Relative training cost; every step is of as many samples."""
     return {t.name: network_cost(t.model, len(t.classes), job.data.channels, job.data.size).flops
-            for t in job.pyramid.teachers}
+            * job.recipe.training(t.level).steps for t in job.pyramid.teachers}

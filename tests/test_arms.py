@@ -51,13 +51,15 @@ def test_every_arm_asks_what_its_name_says():
 
 
 @pytest.mark.parametrize(("changes", "count"), [
-    ((), 2), (("pyramid.1.model=pkd_resnet_m", "pyramid.1.teachers=1"), 2),
+    ((), 2), (("pyramid.1.steps=2500",), 3), (("pyramid.0.steps=100", "pyramid.1.steps=50"), 2),
+    (("pyramid.1.model=pkd_resnet_m", "pyramid.1.teachers=1"), 2),
     (("pyramid.1.model={name: pkd_resnet_s, width: 1.3}",), 2)])
 def test_peers_cost_what_any_pyramid_costs(changes, count):
     """Also one of 1.5 times its top."""
     _, recipes, _ = arms(*changes)
     assert len(recipes["peers"].pyramid) == count
     assert cost_of(recipes["peers"]) == pytest.approx(cost_of(recipes["composed"]), rel=0.02)
+    assert cost_of(recipes["top-long"]) == pytest.approx(cost_of(recipes["composed"]), rel=0.02)
 
 
 def test_controls_cost_what_the_pyramid_costs():

@@ -170,6 +170,19 @@ def test_a_teacher_that_is_lost_or_damaged_is_trained_again_to_the_same(tiny, ta
     assert teachers(folder) == teachers(taught)
 
 
+def test_a_level_may_train_its_teachers_for_steps_of_its_own(tiny, taught, tmp_path):
+    words = ("teach", tiny, "--run-folder", tmp_path / "run", "pyramid.1.steps=12")
+    assert run(2, *words)[0].out.count(" 12 steps") == 2 and "nothing" not in run(2, *words)[0].out
+    facts = [json.loads(path.read_text()) for path in (tmp_path / "run" / "teachers").glob("level*.json")]
+    steps = {own["name"]: own["steps"] for own in facts if "steps" in own}
+    assert steps == {"level0": 30, "level1-0": 12, "level1-1": 12, "level2-0": 30, "level2-1": 30, "level2-2": 30}
+    found, whole = teachers(tmp_path / "run"), teachers(taught)
+    assert {name for name in whole if found[name] != whole[name]} == {"level1-0.safetensors", "level1-1.safetensors"}
+    assert "belongs to another recipe" in refused(2, *words[:-1], "pyramid.1.steps=13")
+    assert "by other settings" in refused(1, "distill", tiny, "--run-folder", tmp_path / "other",
+                                          f"teachers_from={tmp_path / 'run'}")
+
+
 def test_a_finished_run_stays_finished_whatever_becomes_of_another_start(tiny, finished, new_run, tmp_path):
     folder, teachers_from = new_run("run")
     shutil.copytree(finished, folder)

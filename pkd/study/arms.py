@@ -42,7 +42,8 @@ def teacher_flops(recipe: Recipe, level: Level, classes: int, shape: Shape, samp
     """What one teacher costs that knows so many classes: its training, and its answers about all that students see."""
     cost = network_cost(level.model, classes, *shape[1:])
     asked = classes / shape[0] if constants(recipe, len(recipe.pyramid)).own else 1.0
-    return training_flops(cost, recipe.teachers.batch, recipe.teachers.steps) + asked * cost.flops * answers(recipe, samples)
+    training = training_flops(cost, recipe.teachers.batch, level.steps or recipe.teachers.steps)
+    return training + asked * cost.flops * answers(recipe, samples)
 
 
 def answers(recipe: Recipe, samples: int) -> int:
@@ -60,9 +61,10 @@ def student_flops(recipe: Recipe, shape: Shape, samples: int) -> float:
 def built_in(recipe: Recipe, shape: Shape, classes: tuple[str, ...], samples: int) -> tuple[list[Arm], dict[str, str]]:
     """The arms that every study has, and those that do not suit this recipe: name -> why."""
     whole, top = pyramid_flops(recipe, shape, samples)
-    ratio, steps = whole / top, recipe.teachers.steps
+    ratio, steps = whole / top, recipe.training(0).steps
     count = max(2, int(ratio + 0.5))
     alone = recipe.pyramid[0].model_dump(mode="json", exclude_unset=True)
+    free = {key: value for key, value in alone.items() if key != "steps"}  # as many as the arm's teachers.steps
     forward = network_cost(recipe.pyramid[0].model, *shape).flops
 
     def bought(cost: float) -> int:
@@ -87,11 +89,11 @@ def built_in(recipe: Recipe, shape: Shape, classes: tuple[str, ...], samples: in
         Arm("top-t20", "the top teacher, temperature 20, weight 0.6", (only, _as("objective", paper_20)), True),
         *[Arm("top-own", f"the top teacher, {its}", (only, _as("objective", like)), True)] * (best == like),
         Arm("peers", f"the mean of {count} teachers that know every class, each trained {each / steps:.2f} times as long",
-            (_as("pyramid", [alone] * count), f"teachers.steps={each}", _as("objective", composed)), True),
+            (_as("pyramid", [free] * count), f"teachers.steps={each}", _as("objective", composed)), True),
         Arm("top-long", f"one top teacher, trained {long / steps:.1f} times as long, {its}",
-            (only, f"teachers.steps={long}", _as("objective", best)), True),
+            (_as("pyramid", [free]), f"teachers.steps={long}", _as("objective", best)), True),
         Arm("peers-long", f"the mean of 2 teachers that know every class, each trained {half / steps:.1f} times as long",
-            (_as("pyramid", [alone] * 2), f"teachers.steps={half}", _as("objective", composed)), True),
+            (_as("pyramid", [free] * 2), f"teachers.steps={half}", _as("objective", composed)), True),
         Arm("paper-plain", f"{theirs}, without its ensemble loss",
             (_as("objective", paper | {"ensemble": [0] * len(recipe.students)}),)),
         Arm("paper", theirs, (_as("objective", paper),)),

@@ -73,7 +73,8 @@ def _source(teacher: Teacher, others: list[Path], recipe: Recipe, data: DataSet)
         facts = path.with_name(path.name + ".json")
         if facts.exists():
             found = read_json(facts)
-            if found.get("identity") == teacher_identity(recipe, teacher, data) and found["steps"] >= recipe.teachers.steps:
+            steps = recipe.training(teacher.level).steps
+            if found.get("identity") == teacher_identity(recipe, teacher, data) and found["steps"] >= steps:
                 return path
     return None
 
