@@ -10,6 +10,7 @@ from pkd.files import read_json
 from pkd.recipe_file import identity, load_recipe
 from pkd.study.figures import aggregate
 from pkd.study.results import all_readings, read_results
+from pkd.study.table import arms_rows
 
 STUDIES = sorted(path.parent for path in (REPOSITORY / "launch" / "studies").glob("*/recipe.yaml"))
 
@@ -35,3 +36,51 @@ def test_what_a_kept_study_says_follows_from_its_results(folder: Path):
         assert said[key] == found[key], key
     assert said["test_readings"] >= len(results), "the test images are read once an arm and seed, again where one is redone"
     assert all(0.2 < own["networks"]["ensemble"]["accuracy"][0] <= 1 for own in said["arms"].values())
+
+
+def finished() -> dict[str, dict]:
+    found = {folder.name: read_json(folder / "study.json") for folder in STUDIES}
+    return {name: said for name, said in found.items() if said["complete"]}
+
+
+def summary(name: str, said: dict) -> str:
+    """A study as a row of README's table."""
+    def ensemble(arm: str) -> str:
+        mean, sd = said["arms"][arm]["networks"]["ensemble"]["accuracy"]
+        return f"{100 * mean:.1f} ± {100 * sd:.1f}"
+    best, other = said["best_control"], said["challenger"]
+    gap = next(one for one in said["differences"]
+               if (one["arm"], one["against"], one["network"]) == (other, best, "ensemble"))
+    low, high = gap["interval"]
+    cells = (f"`{name}`", len(said["asked"]), ensemble("alone"), ensemble("top"), f"`{best}` {ensemble(best)}",
+             f"`{other}` {ensemble(other)}", f"{100 * gap['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})")
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def test_readme_says_what_finished_studies_found():
+    lines = (REPOSITORY / "README.md").read_text().splitlines()
+    at = next(index for index, line in enumerate(lines) if line.startswith("| study | seeds |")) + 2
+    rows = lines[at:lines.index("", at)]
+    assert rows == [summary(name, said) for name, said in sorted(finished().items())] and rows
+
+
+def test_their_tables_are_beside_them():
+    text = (REPOSITORY / "launch" / "studies" / "README.md").read_text()
+    for name, said in finished().items():
+        columns, *rows = (f"| {' | '.join(row)} |" for row in arms_rows(said))
+        assert f"## {name}" in text and "\n".join([columns, "|" + "---|" * (columns.count("|") - 1), *rows]) in text
+
+
+def test_recipes_give_the_figures_of_their_studies():
+    """Of the arm that is the recipe itself, where nothing but its comments has changed since."""
+    for name in finished():
+        recipe = load_recipe(name)
+        if identity(recipe) != identity(load_recipe(str(REPOSITORY / "launch" / "studies" / name / "recipe.yaml"))):
+            continue
+        results = [read_json(path) for path in (REPOSITORY / "launch" / "studies" / name / "results").glob("*.json")]
+        own = {found["seed"]: found["networks"]["ensemble"]["accuracy"] for found in results
+               if found["arm"] == recipe.objective.kind}
+        figures = ", ".join(f"{100 * own[seed]:.1f}" for seed in sorted(own))
+        text = (REPOSITORY / "launch" / "recipes" / f"{name}.yaml").read_text()
+        head = " ".join(text.partition("\nname:")[0].replace("#", "").split())
+        assert f"seeds {', '.join(map(str, sorted(own)))}: {figures} %" in head
