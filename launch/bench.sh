@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every page of results in tests/bench, on quiet cores; or those that are named:
+# The pages of results in tests/bench that are of machines like this one, on quiet cores; or those that are named:
 #   ./launch/bench.sh [speed] [placements] [groups] [exchange] [memory] [big-teacher] [kernels]
 # speed: RESULTS.md, pkd against a published loop, naive data parallelism and torchdistill, nine rounds (ROUNDS=1: one). Two
 # cores take an hour and a half for that, an hour for placements, and half an hour for all others.
@@ -7,6 +7,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./launch/setup.sh bench
 (($#)) || set -- speed placements groups exchange memory big-teacher kernels
+for page in "$@"; do
+    [[ " speed placements groups exchange memory big-teacher kernels " == *" $page "* ]] ||
+        { echo "bench: no page is called $page: see the head of launch/bench.sh" >&2; exit 2; }
+done
 temporary=$(mktemp -d)
 trap 'rm -rf "$temporary"' EXIT
 for page in "$@"; do
@@ -16,6 +20,5 @@ for page in "$@"; do
         groups | memory | kernels) .venv/bin/python "tests/bench/$page.py" ;;
         exchange) .venv/bin/python tests/bench/exchange.py --page ;;
         big-teacher) .venv/bin/python tests/bench/big_teacher.py ;;
-        *) echo "bench: no page is called $page: see the head of launch/bench.sh" >&2; exit 2 ;;
     esac
 done

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,17 @@ def hidden(labels: np.ndarray, keep: int) -> np.ndarray:
     return out
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--labels", type=int, default=300)
     parser.add_argument("--to", type=Path, default=Path("data/digits-300.npz"))
     arguments = parser.parse_args(argv)
     data = load_data(Data(name="digits"))
+    least, most = len(data.classes), len(data.splits["train"])
+    if not least <= arguments.labels <= most:
+        print(f"hide_labels: --labels is {arguments.labels}, but there are {least} classes and {most} training images: ask "
+              f"for {least} to {most}", file=sys.stderr)
+        return 2
     x, y = data.images[np.arange(len(data.labels))].numpy(), data.labels.numpy()
     train, validation, test = (data.splits[part].numpy() for part in ("train", "validation", "test"))
     hide = hidden(y[train], arguments.labels)
@@ -36,7 +42,8 @@ def main(argv: list[str] | None = None) -> None:
              classes=np.array(data.classes))
     print(f"{arguments.to}: {(~hide).sum()} training images with a label, {hide.sum()} without, {len(validation)} for "
           f"validation, {len(test)} for testing")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -113,8 +113,9 @@ def bench(recipe: str, overrides: list[str], ranks: int, rounds: int, steps: int
             shutil.copytree(known.teachers_from, taught, ignore=other)
         else:
             console.say("making teachers, trained for a few steps")
-            words.extend(FEW)
-            Trial(folder, [recipe, *overrides, *FEW], ranks).phase("teach", run=taught)
+            few = (*FEW, *(f"pyramid.{number}.steps=null" for number, level in enumerate(known.pyramid) if level.steps))
+            words.extend(few)
+            Trial(folder, [recipe, *overrides, *few], ranks).phase("teach", run=taught)
         trial = Trial(folder, words, ranks)
         kinds = {"students alone": no_teachers, "online": ("soft_targets=online",)}
         if known.views.different:

@@ -153,7 +153,7 @@ class Distillation:
         shares = busy_shares(job.world.rank, job.world.size, seconds - wait, seconds)
         memory_student, memory_teacher, broken, longest, *busy = ballot.maximum(
             [peak_memory(self.device), 0.0, code, wait, *shares])
-        sums.wait = before[1] + longest
+        sums.wait = before[1] + longest  # of the rank that waited the longest, not of rank 0
         self.progress.memory = {"student": int(memory_student), "teacher": int(memory_teacher)}
         self.progress.busy = [round(share, 4) for share in busy]
         setup.refuse_broken(epoch, votes.broken, -broken)

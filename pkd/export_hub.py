@@ -33,6 +33,9 @@ def export_hub(run: RunFolder, students: list[tuple[Network, dict]], folder: Pat
         if arms.get("recipe") != name:
             raise UserError(f"--study {study} is of recipe {arms.get('recipe')}, but run {run.path} of {name}: give the "
                             "folder of its own study")
+        if not arms.get("study"):
+            raise UserError(f"--study {study} has no result yet, which the model card could state: wait for one, or leave "
+                            "--study out")
         _refuse_other(study, arms, run)
         arm = _arm_of(study, run)
     if not (run.path / "summary.json").exists():

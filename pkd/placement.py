@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 
 from pkd.errors import UserError, nearest
 from pkd.planner import Planner, rounded
-from pkd.rank_map import RankMap, Ranks
+from pkd.rank_map import USABLE, RankMap, Ranks
 from pkd.recipe import Recipe
 from pkd.schedule import SAMPLES_PER_RANK
 from pkd.shards import Group, needed_shards, shard_groups, wanted_shards
@@ -150,10 +150,13 @@ def _planned(recipe: Recipe, world: int, work: Workload, known: Ranks) -> Placem
 def _all_train(recipe: Recipe, world: int, work: Workload, known: Ranks) -> Placement:
     """Where no teacher is asked; in that number of groups of students which has the shortest predicted step."""
     accumulation, groups, steps = recipe.placement.accumulation, possible_groups(recipe, world), {}
-    every = [Planner(replace(work, groups=count), world, accumulation, {}, known) for count in groups]
-    least = min(one.work.student_memory(world, accumulation) for one in every)
-    if least > known.usable_by_all(world) and chooses(recipe, world):
-        raise UserError(every[0].why_none(every))
+    least = min(replace(work, groups=count).student_memory(world, accumulation) for count in groups)
+    room = known.usable_by_all(world)
+    if least > room and chooses(recipe, world):
+        raise UserError(f"the recipe does not fit on {world} rank(s), all of which train: each needs {least / 2**30:.2f} "
+                        f"GiB at least, by estimate, but {100 * USABLE:.0f} % of the smallest rank's memory (or of "
+                        f"placement.memory_gib) are {room / 2**30:.2f} GiB: start more ranks, raise placement.accumulation "
+                        "or the ZeRO stage, or set placement.kind=co-located to try it all the same")
     for count in groups if len(groups) > 1 else ():
         grouped = replace(work, groups=count)
         if Planner(grouped, world, accumulation, {}, known).trains(world):

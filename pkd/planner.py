@@ -65,7 +65,7 @@ class Planner:
             for planner in planners:
                 if planner._feasible():
                     planner._shares(self.world, [math.inf] * self.world)  # raises where it is the replicas that do not fit
-            raise UserError(self.why_none(planners))
+            raise UserError(self._why_none(planners))
         found.sort(key=lambda candidate: candidate.key)
         best, predicted = found[0], simulate(found[0].system)
         for other in found[1:SIMULATED]:
@@ -161,8 +161,7 @@ class Planner:
                      f"{self.work.batch} samples faster, so start fewer, or raise distill.batch")
         return text
 
-    def why_none(self, planners: list["Planner"]) -> str:
-        """Why none of these planners, which differ in their groups of students, found a placement."""
+    def _why_none(self, planners: list["Planner"]) -> str:
         share = self.work.batch // SAMPLES_PER_RANK // self.accumulation  # ranks of a group at most
         if share == 0:
             return (f"distill.batch is {self.work.batch}, too few for {self.accumulation} micro batch(es) of "
@@ -170,11 +169,11 @@ class Planner:
         least = min(one.work.student_memory(students, self.accumulation) for one in planners
                     for students in range(one.work.groups, min(share * one.work.groups, self.world) + 1, one.work.groups))
         weights = sum(teacher.size for teacher in self.work.teachers.values())
-        teachers = f" and the teachers' weights {weights / 2**30:.2f} GiB in all" if weights else ""
-        return (f"the recipe does not fit on {self.world} rank(s): a student rank needs {least / 2**30:.2f} GiB at least"
-                f"{teachers}, by estimate, but {100 * USABLE:.0f} % of the "
-                f"largest rank's memory are {max(map(self.known.usable, range(self.world))) / 2**30:.2f} GiB: start more "
-                "ranks, raise placement.accumulation or the ZeRO stage, or set placement.kind yourself")
+        room = max(map(self.known.usable, range(self.world)))
+        return (f"the recipe does not fit on {self.world} rank(s): a student rank needs {least / 2**30:.2f} GiB at least "
+                f"and the teachers' weights {weights / 2**30:.2f} GiB in all, by estimate, but {100 * USABLE:.0f} % of the "
+                f"largest rank's memory (or of placement.memory_gib) are {room / 2**30:.2f} GiB: start more ranks, raise "
+                "placement.accumulation or the ZeRO stage, or set placement.kind yourself")
 
 
 def next_rank(work: Workload, ranks: RankMap, accumulation: int, known: Ranks, step: float,

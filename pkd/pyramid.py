@@ -104,9 +104,14 @@ def build_pyramid(levels: tuple[Level, ...], classes: tuple[str, ...], seed: int
 
 def teacher_names(levels: tuple[Level, ...]) -> list[str]:
     """Every teacher's name, whether or not its classes are known yet."""
+    return list(levels_of(levels))
+
+
+def levels_of(levels: tuple[Level, ...]) -> dict[str, int]:
+    """Every teacher's name -> the number of its level."""
     counts = [level.teachers or len(level.classes or ()) for level in levels]
-    return [f"level{number}" if count == 1 else f"level{number}-{index}"
-            for number, count in enumerate(counts) for index in range(count)]
+    return {f"level{number}" if count == 1 else f"level{number}-{index}": number
+            for number, count in enumerate(counts) for index in range(count)}
 
 
 def check_count(level: Level, number: int, classes: int) -> None:

@@ -6,7 +6,7 @@ Two parts. *Identity* decides the result and is hashed into the run folder, the 
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -137,6 +137,10 @@ class Level(Section):
     slack: NonNegative = 0.25  # confusion: a group may have so much more or less than its even share of the classes
     classes: tuple[tuple[ClassId | str, ...], ...] | None = None
     steps: Whole | None = None  # of the training of each teacher here; left out: teachers.steps
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_were_steps(self, dump):  # so that runs of then keep their identity
+        return {key: value for key, value in dump(self).items() if key != "steps" or value is not None}
 
     @model_validator(mode="after")
     def _one_way(self):

@@ -7,7 +7,7 @@ from pathlib import Path
 from pkd.files import read_json, read_lines
 from pkd.lock import held_by, told
 from pkd.objective import asked_names
-from pkd.pyramid import teacher_names
+from pkd.pyramid import levels_of
 from pkd.recipe import Level
 from pkd.run_folder import RunFolder
 
@@ -43,8 +43,9 @@ def standing(path: Path) -> Standing:
     held = [holder for file in (path / "lock", *path.glob("teachers/*.lock")) if (holder := held_by(file)) is not None]
     levels = tuple(Level.model_validate(level) for level in recipe["pyramid"])
     asked = asked_names(recipe["objective"]["kind"], levels)
-    names = [name for name in teacher_names(levels) if name in asked or (run.teachers / f"{name}.json").exists()]
-    teachers = _teachers(run, names, recipe["teachers"]["steps"])
+    names = [name for name in levels_of(levels) if name in asked or (run.teachers / f"{name}.json").exists()]
+    steps = {name: levels[level].steps or recipe["teachers"]["steps"] for name, level in levels_of(levels).items()}
+    teachers = _teachers(run, {name: steps[name] for name in names})
     distill = run.state("distill")
     if distill["state"] == "running" and not held:
         distill = {**distill, "state": "ended without a word"}
@@ -103,9 +104,10 @@ def _shards(folder: Path) -> list[Path]:
     return list(folder.glob("*.safetensors"))
 
 
-def _teachers(run: RunFolder, names: list[str], steps: int) -> dict[str, str]:
+def _teachers(run: RunFolder, wanted: dict[str, int]) -> dict[str, str]:
+    """wanted: teacher -> steps of its training."""
     out = {}
-    for name in names:
+    for name, steps in wanted.items():
         out[name] = "not begun"
         state = RunFolder(run.teachers.parent).state(f"teach-{name}")
         newest = _newest(run.teachers / f"{name}.training")

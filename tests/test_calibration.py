@@ -79,6 +79,8 @@ def test_what_networks_and_views_take_serves_worlds_of_other_sizes(keys):
     other = replace(keys, where=surroundings(["a GPU"], 8, 40), world=40)
     for part in (Keys.train, Keys.view, *(lambda one, t=t: one.forward(t) for t in keys.pyramid.teachers)):
         assert part(keys) == part(other)
+    large = keys.recipe.model_copy(update={"distill": keys.recipe.distill.model_copy(update={"batch": 4096})})
+    assert replace(keys, recipe=large).train() == replace(other, recipe=large).train(), "40 ranks are timed as 64 are"
     assert keys.links() != other.links() and keys.sync() != other.sync()
     slower = replace(keys, where=surroundings(["a GPU"], 4, 64))
     assert not {digest(key) for key in keys.all()} & {digest(key) for key in slower.all()}, "fewer measured beside it"

@@ -172,7 +172,8 @@ def test_a_teacher_that_is_lost_or_damaged_is_trained_again_to_the_same(tiny, ta
 
 def test_a_level_may_train_its_teachers_for_steps_of_its_own(tiny, taught, tmp_path):
     words = ("teach", tiny, "--run-folder", tmp_path / "run", "pyramid.1.steps=12")
-    assert run(2, *words)[0].out.count(" 12 steps") == 2 and "nothing" not in run(2, *words)[0].out
+    assert run(2, *words)[0].out.count(" 12 steps") == 2 and "steps, validation" not in run(2, *words)[0].out
+    assert json.loads(run(1, "status", tmp_path / "run", "--json")[0].out)["phase"] == "distill", "all teachers are done"
     facts = [json.loads(path.read_text()) for path in (tmp_path / "run" / "teachers").glob("level*.json")]
     steps = {own["name"]: own["steps"] for own in facts if "steps" in own}
     assert steps == {"level0": 30, "level1-0": 12, "level1-1": 12, "level2-0": 30, "level2-1": 30, "level2-2": 30}

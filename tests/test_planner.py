@@ -121,12 +121,12 @@ def test_students_are_in_one_group_where_the_recipe_says_so_or_how_many_ranks_tr
 
 
 def test_a_batch_that_feeds_too_few_ranks_together_feeds_them_in_groups():
-    """Where only so many groups can be fed or held, that is what they are."""
+    """Where only so many groups can be fed, that is what they are; and of those, only what can be held."""
     wish = recipe(8, students=2)
     work = work_of(wish, {})
     assert place(wish, 2, work).groups == 2
-    with pytest.raises(UserError, match="does not fit on 2 rank"):
-        place(wish, 2, work, Ranks((1,) * 2))
+    with pytest.raises(UserError, match=r"does not fit on 2 rank.*smallest rank's memory"):
+        place(wish, 2, work, Ranks((1, 100 * GIB)))
     one = recipe(8, 2, student_groups=1)
     for told, world, most in ((one, 2, "1 student ranks"), (wish, 4, "2 student ranks in 2 groups")):
         with pytest.raises(UserError, match=f"batch 8 feeds at most {most}"):

@@ -52,15 +52,16 @@ def test_what_no_rank_has_room_for_lies_in_shards_and_trains_under_zero_3(tiny, 
     run(1, "teach", tiny, "--run-folder", tmp_path / "top", *top)
     said = run(3, "distill", tiny, "--run-folder", tmp_path / "top", *top, gib(510), "--steps", 2)[0].out
     assert "no rank has room for the teachers whole" in said and "ranks 1-2: level0 in 2 shards" in said
-    assert "in 2 shards" not in json.dumps(placed(tiny, *top)), "all of this machine's memory is enough"
+    assert all(not source["group"] for source in sources(tiny, *top)), "all of this machine's memory is enough"
+    assert [source["group"] for source in sources(tiny, *top, gib(510))] == [[1, 2]]
     students = ("students=[{name: large, model: {name: pkd_resnet_l, width: 4}, lr: 0.1}]", "objective.kind=alone", gib(640))
     words = ("distill", tiny, "--run-folder", tmp_path / "large", *students, "deepspeed.students=zero0")
     assert "does not fit on 2 rank(s)" in refused(2, *words) and not (tmp_path / "large" / "placement.json").exists()
     assert "epoch 1/2" in run(2, *words[:-1], "deepspeed.students=zero3", "--steps", 2)[0].out
 
 
-def placed(tiny, *words) -> dict:
-    return json.loads(run(1, "plan", tiny, "--world", 3, "--json", *words)[0].out)
+def sources(tiny, *words) -> list[dict]:
+    return json.loads(run(1, "plan", tiny, "--world", 3, "--json", *words)[0].out)["placement"]["sources"]
 
 
 def test_a_killed_rank_of_a_shard_group_ends_the_job_and_it_comes_to_the_same_students(tiny, new_run, whole):

@@ -122,7 +122,7 @@ class Study:
         elif self.arguments.dry_run:
             wanted = self.seeds[:1]  # the others are alike
         ended: dict[str, int] = {}  # name -> exit code of what did not come to its end
-        if not (self.arguments.dry_run or (self.folder / "study.json").exists()):
+        if not (self.arguments.dry_run or self.results()):
             self.aggregate()  # so that pkd report has something to say from the beginning
         for seed in wanted:
             trials = [trial for trial in self.trials if trial.recipe.seed == seed and not self.is_done(trial)]

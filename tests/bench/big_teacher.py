@@ -102,7 +102,7 @@ def worker(rank: int, ranks: int, port: int, folder: Path, config: str) -> None:
 
 
 def main() -> None:
-    rows, began = [], time.perf_counter()
+    rows, began, measured = [], time.perf_counter(), commit()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         mp.spawn(prepare, (folder,))
@@ -126,7 +126,7 @@ def main() -> None:
         files = sorted(path.name for path in RunFolder(folder).teachers.glob("*safetensors*"))
     (HERE / "RESULTS-big-teacher.md").write_text("\n".join([
         "# A teacher that several ranks hold together", "",
-        f"Written by `python tests/bench/big_teacher.py` at commit {commit()} in {time.perf_counter() - began:.0f} s: torch "
+        f"Written by `python tests/bench/big_teacher.py` at commit {measured} in {time.perf_counter() - began:.0f} s: torch "
         f"{torch.__version__}, "
         f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}, one thread a rank, gloo.", "",
         f"A vision transformer, {whole['size'] / MIB:,.1f} MiB of fp32 weights (the largest tensor "

@@ -228,7 +228,9 @@ def beyond(ranks: int) -> str:
 
 
 def page(ask: argparse.Namespace) -> str:
-    lines = []
+    from commit import commit  # which lies beside this file: the tests import that as a part of a package
+
+    lines, measured = [], commit()
     for more, students, sources in CASES:
         here = argparse.Namespace(**{**vars(ask), "students": students, "sources": sources, **more})
         name = f"{students} co-located" if here.co_located else f"{students} + {sources}"
@@ -239,9 +241,7 @@ def page(ask: argparse.Namespace) -> str:
         assert first == other, "both kinds bring the same bits"
         lines += [f"| {name if kind == KINDS[0] else ''} | {row(kind, found)}" for kind, found in by_kind.items()]
         print(*lines[-2:], sep="\n", flush=True)
-    from commit import commit  # which lies beside this file: the tests import that as a part of a package
-
-    return PAGE.format(commit=commit(), cores=os.cpu_count(), cases="\n".join(lines),
+    return PAGE.format(commit=measured, cores=os.cpu_count(), cases="\n".join(lines),
                        beyond="\n".join(map(beyond, BEYOND)))
 
 

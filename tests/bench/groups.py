@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=24)
     ask = parser.parse_args()
+    measured = commit()
     with tempfile.TemporaryDirectory(prefix="pkd-groups-") as temporary:
         folder, programs = Path(temporary), []
         for name in NETS:
@@ -58,7 +59,7 @@ def main() -> None:
                     programs.append(Program(f"{case}: {kind}", lambda trial=trial: trial.rate(ask.steps)[0]))
         rates = take_turns(programs, ask.rounds, lambda text: print(text, flush=True))
     lines = ["# Students in groups", "",
-             f"Written by `tests/bench/groups.py` at commit {commit()} on {os.cpu_count()} CPU cores, torch "
+             f"Written by `tests/bench/groups.py` at commit {measured} on {os.cpu_count()} CPU cores, torch "
              f"{torch.__version__}: two ranks of "
              f"one thread, batch 64 of 32 pixels, two students; `together`: one engine, {64 // 2} samples a rank, gradients "
              "all-reduced; `split`: a student a rank, 64 samples. "

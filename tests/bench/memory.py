@@ -91,7 +91,9 @@ def worker(rank: int, ranks: int, port: int, folder: str) -> None:
 
 
 def main() -> None:
-    rows, worst = [], 0.0
+    from commit import commit  # which lies beside this file: the tests import that as a part of a package
+
+    rows, worst, measured = [], 0.0, commit()
     with tempfile.TemporaryDirectory() as folder:
         for ranks in (1, 2, 4):
             mp.spawn(worker, (ranks, free_port(), folder), nprocs=ranks)
@@ -104,12 +106,10 @@ def main() -> None:
                             + " | ".join(f"{kind / MIB:.2f}" for kind in kinds)
                             + f" | {found['copies'] / MIB:.2f} |")
                 print(rows[-1], flush=True)
-    from commit import commit  # which lies beside this file: the tests import that as a part of a package
-
     count = found["count"]
     (HERE / "RESULTS-memory.md").write_text("\n".join([
         "# Persistent memory of a student rank, predicted and measured", "",
-        f"Written by `python tests/bench/memory.py` at commit {commit()}: torch {torch.__version__}, gloo; {count:,} "
+        f"Written by `python tests/bench/memory.py` at commit {measured}: torch {torch.__version__}, gloo; {count:,} "
         f"parameters ({', '.join(f'{name} of width {width:g}' for name, width in MODELS)}), SGD with momentum. MiB of live "
         f"storages on rank 0. The prediction is at most {worst:.1%} away.", "",
         "| configuration | ranks | predicted | measured | ratio | weights | gradients | masters | states | "

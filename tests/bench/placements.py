@@ -139,6 +139,9 @@ def case(name: str, folder: Path) -> tuple[list[str], list[float]]:
         for key in list(wishes) if number % 2 == 0 else list(wishes)[::-1]:
             to = folder / f"{number}-{list(wishes).index(key)}"
             distilled(world, recipe, to, taught, timed, *changes, wishes[key][0])
+            placed = json.loads((to / "placement.json").read_text())["placement"]
+            if who_is_where(placed) != key:
+                raise RuntimeError(f"{to} ran as {placed}, which is not what was planned: {key}")
             figures[key].add(plans[key], lines_of(to))
             for wish in wishes[key]:
                 steps[wish].append(figures[key].measured[-1])
@@ -156,12 +159,13 @@ def case(name: str, folder: Path) -> tuple[list[str], list[float]]:
 
 def main(folder: Path, names: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    measured = commit()
     found = {name: case(name, folder) for name in names}
     if names != list(CASES):
         return
     (HERE / "RESULTS-placements.md").write_text("\n".join([
         "# Placements: predicted and measured", "",
-        f"Written by `tests/bench/placements.py` at commit {commit()} on {os.cpu_count()} CPU cores, torch "
+        f"Written by `tests/bench/placements.py` at commit {measured} on {os.cpu_count()} CPU cores, torch "
         f"{torch.__version__}, ranks of one thread each. The paper's: ResNet-101 / 2 x ResNet-50 / 4 x ResNet-18, 2 x "
         "MobileNetV2, 2 x ShuffleNetV2, the paper's objective; small: networks for small images, the composed objective. "
         f"{ROUNDS} rounds; in each, all parts are timed anew and every placement runs 3 epochs of 25 steps (the "

@@ -347,8 +347,7 @@ def page(bench: Bench, rates: dict[str, list[float]], equal: list[str], rounds: 
                       if line.startswith("model name")), platform.processor())
     versions = ", ".join([f"Python {platform.python_version()}",
                           *(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)])
-    lines = [
-        "# Speed", "",
+    lines = ["# Speed", "",
         HEAD.format(commit=bench.commit, cores=os.cpu_count(), processor=processor, versions=versions, rounds=rounds,
                     steps=bench.steps, ours=bench.ours, timed=len(bench.timed), kernels=bench.kernels,
                     alone=bench.kinds["students alone"], archive=bench.kinds["pkd archive"],
