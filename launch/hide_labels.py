@@ -4,12 +4,14 @@
 """
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from pkd.data import load_data
+from pkd.files import write_bytes
 from pkd.recipe import Data
 
 
@@ -33,13 +35,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"hide_labels: --labels is {arguments.labels}, but there are {least} classes and {most} training images: ask "
               f"for {least} to {most}", file=sys.stderr)
         return 2
+    if arguments.to.exists():
+        print(f"hide_labels: {arguments.to} is there already: delete it, or give another name with --to", file=sys.stderr)
+        return 2
     x, y = data.images[np.arange(len(data.labels))].numpy(), data.labels.numpy()
     train, validation, test = (data.splits[part].numpy() for part in ("train", "validation", "test"))
     hide = hidden(y[train], arguments.labels)
-    arguments.to.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(arguments.to, x_train=x[train[~hide]], y_train=y[train[~hide]], x_unlabelled=x[train[hide]],
+    whole = io.BytesIO()
+    np.savez(whole, x_train=x[train[~hide]], y_train=y[train[~hide]], x_unlabelled=x[train[hide]],
              x_validation=x[validation], y_validation=y[validation], x_test=x[test], y_test=y[test],
              classes=np.array(data.classes))
+    write_bytes(arguments.to, whole.getvalue())
     print(f"{arguments.to}: {(~hide).sum()} training images with a label, {hide.sum()} without, {len(validation)} for "
           f"validation, {len(test)} for testing")
     return 0

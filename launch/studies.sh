@@ -36,11 +36,14 @@ for study in "$@"; do
         [[ -n $only && ,$only, != *,${arm%%=*},* ]] || more+=(--arm "$arm")
     done
     # The recipe as it was when its study began, for later results to be of the same one.
-    [[ -f $place/recipe.yaml ]] || case $study in
-        digits-300) few_labels false 165 > "$place"/recipe.yaml ;;  # 165 epochs of 4 steps, of the other 30 of 22
-        digits-300-unlabelled) few_labels true 30 > "$place"/recipe.yaml ;;
-        *) cp "launch/recipes/$study.yaml" "$place"/recipe.yaml ;;
-    esac
+    if [[ ! -f $place/recipe.yaml ]]; then
+        case $study in
+            digits-300) few_labels false 165 ;;  # 165 epochs of 4 steps, of the other 30 of 22
+            digits-300-unlabelled) few_labels true 30 ;;
+            *) cat "launch/recipes/$study.yaml" ;;
+        esac > "$place"/new.yaml
+        mv "$place"/new.yaml "$place"/recipe.yaml
+    fi
     run=(.venv/bin/pkd study "$place/recipe.yaml" --study-folder "$place" "${more[@]}")
     # What one arm or seed lacks in the end is said, and keeps the others from nothing. Every process knows all seeds, so
     # that none takes what there is for the whole study.

@@ -21,6 +21,7 @@ from pkd.files import read_json, read_lines
 from pkd.launch import check_plan
 from pkd.metrics import enough
 from pkd.placement import Placement, outline
+from pkd.recipe import Recipe
 from pkd.recipe_file import load_recipe
 from pkd.ways import command, environment
 
@@ -97,6 +98,11 @@ class Trial:
         return line["steady_images_per_second"], outline(Placement.from_json(line["placement"]))
 
 
+def few_steps(recipe: Recipe) -> tuple[str, ...]:
+    """Changes with which teachers are trained for FEW's steps, whatever their level says."""
+    return (*FEW, *(f"pyramid.{number}.steps=null" for number, level in enumerate(recipe.pyramid) if level.steps))
+
+
 def bench(recipe: str, overrides: list[str], ranks: int, rounds: int, steps: int, console: Console) -> dict:
     """Students alone, with their teachers and, where views repeat, from the archive; on the recipe's placement."""
     known = load_recipe(recipe, overrides)
@@ -113,7 +119,7 @@ def bench(recipe: str, overrides: list[str], ranks: int, rounds: int, steps: int
             shutil.copytree(known.teachers_from, taught, ignore=other)
         else:
             console.say("making teachers, trained for a few steps")
-            few = (*FEW, *(f"pyramid.{number}.steps=null" for number, level in enumerate(known.pyramid) if level.steps))
+            few = few_steps(known)
             words.extend(few)
             Trial(folder, [recipe, *overrides, *few], ranks).phase("teach", run=taught)
         trial = Trial(folder, words, ranks)

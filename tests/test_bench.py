@@ -4,7 +4,8 @@ import json
 
 from ranks import refused, run
 
-from pkd.bench import Program, Trial, ratio, spread, take_turns
+from pkd.bench import Program, Trial, few_steps, ratio, spread, take_turns
+from pkd.recipe_file import load_recipe
 
 
 def test_programs_take_turns_forwards_and_backwards_and_ratios_are_of_one_round():
@@ -28,6 +29,12 @@ def test_bench_compares_students_alone_teachers_and_archive_and_leaves_nothing(t
     assert " 0.0 img/s" not in line and said.count("1 of 1 rank(s)") == 3
     assert before == {path: path.stat().st_mtime_ns for path in taught.rglob("*")}
     assert not list(tmp_path.glob("pkd-*"))
+
+
+def test_teachers_of_a_bench_take_few_steps_whatever_their_level_says(tiny):
+    words = ["pyramid.0.steps=100000", "pyramid.2.steps=7"]
+    recipe = load_recipe(str(tiny), [*words, *few_steps(load_recipe(str(tiny), words))])
+    assert [recipe.training(level).steps for level in range(3)] == [10, 10, 10]
 
 
 def test_a_bench_that_cannot_run_says_why_in_one_sentence(tiny, tmp_path):

@@ -147,6 +147,9 @@ def test_a_card_states_the_arms_of_a_study_where_there_is_one(evaluated, tmp_pat
                                              tmp_path / "other")
     for name, word in (("longer", "distill.epochs is 2 in the recipe and 99 there"), ("data", "other images or another")):
         assert word in refused(1, "export", evaluated, "--to", tmp_path / "b", "--format", "hub", "--study", tmp_path / name)
+    write_json(tmp_path / "begun" / "study.json", {**figures_of([], ["top"]), "recipe": "tiny"})
+    assert "has no result yet" in refused(1, "export", evaluated, "--to", tmp_path / "b", "--format", "hub", "--study",
+                                          tmp_path / "begun")
     assert "is for the model card" in refused(1, "export", evaluated, "--to", tmp_path / "b", "--study", tmp_path)
     assert not (tmp_path / "b").exists()
 
@@ -204,7 +207,9 @@ def test_the_readmes_snippet_loads_students_and_ensemble_into_plain_torchvision(
         assert code.count("\n") == SNIPPET.count("\n")
         assert sum(bool(line) and "import" not in line for line in code.splitlines()) <= 10
         assert agrees(answer(code, place), wanted)
-    assert agrees(answer(code.replace('["mobile", "shuffle"]', '["mobile"]'), tmp_path / "hub"), alone)
+    run(1, "export", folder, "--to", tmp_path / "one", "--format", "hub", "--student", "mobile")
+    shutil.copy(tmp_path / IMAGE, tmp_path / "one" / "image.png")
+    assert agrees(answer(readme_snippet(tmp_path / "one" / "README.md"), tmp_path / "one"), alone)
 
 
 def test_small_models_load_without_pkd_from_the_one_file_that_defines_them(exports, pictures, tmp_path):

@@ -161,6 +161,8 @@ def studied(tiny, taught, tmp_path_factory) -> tuple[Path, str, str]:
     process.processes[0].send_signal(signal.SIGTERM)
     stopped = process.wait()[0]
     assert stopped.code == 0 and not list(folder.glob("results/*")), stopped
+    begun = json.loads((folder / "study.json").read_text())
+    assert begun["arms"] == {} and len(begun["missing"]) == 4, "a report has something to say from the beginning"
     return folder, stopped.out, run(1, *words(tiny, folder), timeout=500)[0].out
 
 

@@ -63,7 +63,10 @@ def test_the_digits_of_few_labels_keep_all_images_and_the_same_test_split(tmp_pa
     monkeypatch.syspath_prepend(str(REPOSITORY / "launch"))
     from hide_labels import main
 
-    main(["--labels", "305", "--to", str(tmp_path / "few.npz")])
+    assert main(["--labels", "305", "--to", str(tmp_path / "few.npz")]) == 0
+    whole_file = (tmp_path / "few.npz").read_bytes()
+    assert main(["--labels", "400", "--to", str(tmp_path / "few.npz")]) == 2 == main(["--labels", "9"])
+    assert (tmp_path / "few.npz").read_bytes() == whole_file and sorted(tmp_path.iterdir()) == [tmp_path / "few.npz"]
     data, whole = (load_data(Data(name=name, path=path, unlabelled=path is not None))
                    for name, path in (("npz", str(tmp_path / "few.npz")), ("digits", None)))
     assert len(data.splits["train"]) == 300 and data.labels[data.splits["train"]].bincount().tolist() == [30] * 10
