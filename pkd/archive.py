@@ -117,8 +117,10 @@ class Filling:
             raise UserError(f"every rank answers for all {len(sizes)} teachers, whose weights need {need / 2**30:.2f} GiB, "
                             f"but a rank has {room / 2**30:.2f}: start fewer ranks a node, take larger devices, or distill "
                             "online, where a teacher may lie in shards")
-        if (self.folder / RECORD).exists() and read_json(self.folder / RECORD).get("made_of") != self.made_of:
-            job.console.say(f"the archive in {self.folder} is of other teachers, data or views, and is made anew")
+        before = read_json(self.folder / RECORD) if (self.folder / RECORD).exists() else None
+        if before and (before.get("made_of"), before.get("samples_per_shard")) != (self.made_of, layout.per_shard):
+            job.console.say(f"the archive in {self.folder} is of other teachers, data, views or sizes of shards, and is "
+                            "made anew")
             shutil.rmtree(self.folder)
         if (self.folder / RECORD).exists():
             self.made_on = set(read_json(self.folder / RECORD).get("made_on", []))

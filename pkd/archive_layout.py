@@ -11,7 +11,9 @@ from pkd.pyramid import Pyramid
 from pkd.row_format import RowFormat
 from pkd.schedule import BLOCK
 
-SHARDS, LARGEST = 16, 8192  # shards of a view where no shard gets more samples than that
+# A view has FEW shards; up to MANY, for as many ranks to fill, where each still gets SMALL samples; more where one would get
+# more than LARGEST.
+FEW, MANY, SMALL, LARGEST = 16, 64, 1024, 8192
 WHOLE = 128  # a shard of more samples has a multiple of it, lest teachers pad the last block of rows of each by much
 
 
@@ -32,7 +34,7 @@ class Layout:
         self.known = pyramid.asked_about(own)
         rows = self.known * counts
         self.before = np.cumsum(rows, 1) - rows  # [teachers, classes + 1]: a teacher's rows of the labels before this one
-        size = -(-len(samples) // SHARDS)
+        size = max(-(-len(samples) // MANY), min(-(-len(samples) // FEW), SMALL))
         whole = WHOLE if size > WHOLE else BLOCK
         self.per_shard = min(LARGEST, -(-size // whole) * whole)
         self.shards = -(-len(samples) // self.per_shard)  # of each view

@@ -12,7 +12,7 @@ from pkd.archive_record import made_of, open_archive
 from pkd.ballot import Ballot
 from pkd.calibration import calibrated
 from pkd.devices import device_like
-from pkd.ds_config import load_ds_config
+from pkd.ds_config import load_ds_config, precision, stage
 from pkd.errors import UserError
 from pkd.exchange import Exchange
 from pkd.files import read_json, write_json
@@ -153,7 +153,8 @@ class Setup:
         def wish():
             return digest([recipe.placement.model_dump(mode="json"), recipe.distill.batch, recipe.answer_rows,
                            recipe.together, recipe.teacher_views, nodes(job.hardware),
-                           [rank.device for rank in job.hardware], world.devices, self.archive is not None])
+                           [rank.device for rank in job.hardware], world.devices, self.archive is not None,
+                           stage(self.ds_config), precision(self.ds_config), recipe.data.cache_gib])  # what needs room
 
         def before():
             tree = read_json(path) if path.exists() else {}
@@ -171,7 +172,7 @@ class Setup:
                 device = device_like(job.hardware[0].device)
                 timings = estimated(recipe, job.pyramid, self.data, device)
                 timings = measured(timings) if measured else timings
-                work = workload(recipe, job.pyramid, self.data, timings, device.runtime)
+                work = workload(recipe, job.pyramid, self.data, timings, device)
                 work = replace(work, teachers={}) if self.archive else work
                 wanted = without_teachers(recipe) if self.archive else recipe
                 known = known_ranks(job.hardware, recipe.threads, recipe.placement.memory_gib)

@@ -18,7 +18,7 @@ OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumul
 NUMBERS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size", "sub_group_size")
 
 # What `auto` stands for: fp32 on every device, for the dtype is part of what a run is, and runs move. On a CPU a step under
-# ZeRO 1 takes 1.2 to 1.5 times as long; on a GPU 1.01 to 1.06, where memory soon lacks (tests/bench/RESULTS-kernels-*).
+# ZeRO 1 takes 1.2 to 1.5 times as long; on a GPU 1.01 to 1.15, where memory soon lacks (tests/bench/RESULTS-kernels-*).
 AUTO = {"cpu": "zero0", "cuda": "zero1"}
 
 

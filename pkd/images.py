@@ -23,6 +23,11 @@ class ArrayImages:
     def __len__(self) -> int:
         return len(self.array)
 
+    @property
+    def bytes(self) -> int:
+        """Of all of them, decoded."""
+        return self.array.nbytes
+
     def __getitem__(self, ids: torch.Tensor) -> torch.Tensor:
         return self.array[ids]
 
@@ -37,6 +42,11 @@ class FileImages:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def bytes(self) -> int:
+        """Of all of them, decoded."""
+        return len(self.files) * self.channels * self.size[0] * self.size[1]
 
     def __getitem__(self, ids: torch.Tensor) -> torch.Tensor:
         decoded = self.pool.map(lambda index: decode(self.files[index], self.size, self.grey), ids.tolist())
@@ -83,7 +93,7 @@ def read_images(files: list[Path], image_size: int | None, workers: int, cache_g
                             f"{_shape(other)[0][1]} x {_shape(other)[0][0]}: set data.image_size to the side that all "
                             "shall have")
     images = FileImages(files, (image_size, image_size) if image_size else size, grey, workers)
-    if len(files) * images.channels * images.size[0] * images.size[1] > cache_gib * 2**30:
+    if images.bytes > cache_gib * 2**30:
         return images
     array = torch.empty(len(files), images.channels, *images.size, dtype=torch.uint8)
     for part in torch.arange(len(files)).split(256):

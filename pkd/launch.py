@@ -139,6 +139,5 @@ def check_plan(recipe: Recipe, ranks: int, here: bool = True) -> None:
     """Refuse here what every rank would refuse, before any of them is started. here: they run on this machine."""
     from pkd.plan import plan
 
-    quick = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_gib": 0.0})})
     # Of auto it is not known yet whether there will be teachers to hold.
-    plan(quick, ranks, Console(quiet=True), here=here and recipe.soft_targets != "auto")
+    plan(recipe, ranks, Console(quiet=True), here=here and recipe.soft_targets != "auto", decode=False)

@@ -254,7 +254,7 @@ class Recipe(Section):
     # Steps that teachers answer together, so that fewer blocks of rows are padded: at most the window, beyond which students
     # would wait, and one where views are sent.
     answer_steps: Annotated[int, Field(ge=1, le=64)] = 4
-    # Rows of every teacher forward. More take less time each (128 of a ResNet on a CPU: 0.65 to 0.8 of it) where so many
+    # Rows of every teacher forward. More take less time each (128 of a ResNet on a CPU: 0.7 to 0.85 of it) where so many
     # are asked in answer_steps; replicas of a teacher share a batch in whole blocks. Another number: other last bits.
     answer_rows: Annotated[int, Field(ge=16, le=1024, multiple_of=16)] = 32
     ballot_every: Annotated[int, Field(ge=1, le=1000)] = 1  # steps between votes

@@ -8,6 +8,7 @@ from pkd.cost import network_cost
 from pkd.data import DataSet
 from pkd.devices import BACKWARD, Device
 from pkd.ds_config import arithmetic, load_ds_config, precision, stage
+from pkd.images import FileImages
 from pkd.objective import asked, constants
 from pkd.optimizer import parameter_group, state_keys
 from pkd.pyramid import Pyramid
@@ -47,8 +48,8 @@ def estimated(recipe: Recipe, pyramid: Pyramid, data: DataSet, device: Device, v
                    source=source)
 
 
-def workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, timings: Timings, runtime: float) -> Workload:
-    """runtime: bytes that libraries take on a rank before anything else. Students in one group, unless the recipe says."""
+def workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, timings: Timings, device: Device) -> Workload:
+    """Of ranks on such a device. Students in one group, unless the recipe says."""
     config, fixed = load_ds_config(recipe.deepspeed.students), constants(recipe, pyramid.levels)
     labels, batch = data.labels[data.students_see].numpy(), recipe.distill.batch
     counts = np.bincount(labels, minlength=len(data.classes) + 1)
@@ -69,6 +70,11 @@ def workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, timings: Timings, 
                     len(state_keys(parameter_group(student.name, [], student))), element * cost.activations)
         for student, cost, part in zip(recipe.students, costs, timings.parts, strict=True))
     crossing = 4.0 * len(students) * len(data.classes) if any(fixed.ensemble) else 0.0
+    # On a CPU the memory of ranks is also the host's: of the images that each decodes once, of the best weights so far.
+    on_host, decoded = not device.memory, data.images.bytes
+    if isinstance(data.images, FileImages) and decoded > 2**30 * recipe.data.cache_gib:
+        decoded = 0
+    runtime = device.runtime + (decoded if on_host else 0)
     links = timings.links
     if timings.sync:
         links = _ring(links, *timings.sync, sum(cost.parameters for cost in costs) * element)
@@ -76,7 +82,7 @@ def workload(recipe: Recipe, pyramid: Pyramid, data: DataSet, timings: Timings, 
         teachers, students, batch, recipe.placement.student_groups or 1, crossing, timings.jitter, timings.view,
         timings.step, recipe.window, recipe.together, stage(config), element, teacher_memory=4 * block * largest,
         image=data.channels * data.size[0] * data.size[1], links=links, runtime=runtime, source=timings.source,
-        sent=recipe.teacher_views == "sent", exchange=recipe.exchange, block=block)
+        sent=recipe.teacher_views == "sent", exchange=recipe.exchange, block=block, copies=2 if on_host else 1)
 
 
 def _ring(links: Links, ranks: int, seconds: float, size: float) -> Links:

@@ -79,11 +79,12 @@ class Workload:
     teacher_memory: float = 0.0  # bytes of the largest teacher's forward of one block
     image: int = 0  # bytes of one view
     links: Links = Links()
-    runtime: float = 0.0  # bytes that the libraries take before anything else
+    runtime: float = 0.0  # bytes of a rank before anything else: libraries, and on a CPU the decoded images
     source: str = "estimated"  # where the seconds are from, as a person reads it
     sent: bool = False  # whether student ranks send their views to teachers that need them
     exchange: str = "auto"  # broadcast, direct or auto
     block: int = BLOCK  # rows of a teacher's forward
+    copies: int = 1  # of students' weights in fp32: what is validated and, on a CPU's rank that keeps them, the best so far
 
     @property
     def costs(self) -> dict[str, float]:
@@ -141,16 +142,16 @@ class Workload:
         return seconds + ring(self.links.gradients, self.links.gradients_latency, size, places)
 
     def student_memory(self, ranks: int, accumulation: int, group: int | None = None) -> float:
-        """Bytes of a student rank without teachers: weights and states by ZeRO stage, the fp32 copies that are validated,
-        a micro batch's activations, slots. group: the rank's; None: whichever has the most.
+        """Bytes of a student rank without teachers: weights and states by ZeRO stage, fp32 copies, a micro batch's
+        activations, slots. group: the rank's; None: whichever has the most.
         """
         if group is None:
             return max(self.student_memory(ranks, accumulation, group) for group in range(self.groups))
         students, ranks = self.engines[group], ranks // self.groups
         rows = -(-self.batch // ranks // accumulation)
-        own = student_bytes(students.parameters, self.element, self.stage, ranks, students.states)
+        own = student_bytes(students.parameters, self.element, self.stage, ranks, students.states, accumulation)
         micro = rows * (students.activations + self.image)
-        return own + 4 * students.parameters + micro + self.slots + self.runtime
+        return own + self.copies * 4 * students.parameters + micro + self.slots + self.runtime
 
     @property
     def host_memory(self) -> float:
@@ -175,14 +176,15 @@ def lateness(ranks: int, deviation: float) -> float:
     return deviation * NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
 
 
-def student_bytes(parameters: int, element: int, stage: int, ranks: int, states: int) -> float:
+def student_bytes(parameters: int, element: int, stage: int, ranks: int, states: int, accumulation: int = 1) -> float:
     """Persistent bytes on one student rank: weights, gradients, master weights, optimizer states by ZeRO stage.
 
     element: bytes of a weight; states: elementwise optimizer states a parameter. After Rajbhandari et al. 2020, figure 1,
     but for two things that tests/bench/memory.py measures: fp32 has no masters of its own in ZeRO 0, and in ZeRO 1
-    DeepSpeed too keeps only this rank's part of the gradients once they are reduced.
+    DeepSpeed too keeps only this rank's part of the gradients once they are reduced, which is after the last micro batch:
+    before that, whole ones lie beside the activations of the next. DeepSpeed's buckets come on top.
     """
     weights = element / ranks if stage == 3 else element
-    gradients = element / ranks if stage else element
+    gradients = element / ranks if stage > 1 or (stage == 1 and accumulation == 1) else element
     masters = 4 / ranks if stage else 0 if element == 4 else 4
     return parameters * (weights + gradients + masters + 4 * states / (ranks if stage else 1))

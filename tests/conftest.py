@@ -43,7 +43,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """A recipe file: 10 classes, three levels, two students, 11 steps an epoch."""
+    """A recipe file: 10 classes, three levels, two students, 12 steps an epoch."""
     from sklearn.datasets import load_digits
 
     folder = tmp_path_factory.mktemp("tiny")

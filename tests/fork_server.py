@@ -1,8 +1,9 @@
 """Ranks for the tests, forked from one process that has imported everything before.
 
 Its imports cost a rank three seconds of CPU time, more than most of what is tested, and the suite starts hundreds. All else
-is as if each were started afresh: processes, sockets, signals, output and exit codes are real. What matters before the
-imports are done (a signal in the first seconds, DeepSpeed's chatter) is tested with ranks that launchers start.
+is as if each were started afresh: processes, sockets, signals, output and exit codes are real; but what is no rank is left
+without taking its interpreter down. What matters before the imports are done (a signal in the first seconds, DeepSpeed's
+chatter) is tested with ranks that launchers start.
 
 What a forked rank starts with `python -m`, pkd or torch's launcher, is forked by the same server: sys.executable is a script
 there that asks for it.
@@ -25,18 +26,19 @@ import tempfile
 from pathlib import Path
 
 MESSAGE = 2**17  # bytes; an environment is far smaller
+RANKS = ["teach"], ["archive"], ["distill"]  # how they end matters: a process group that is left open would abort them
 
 
 class Forked:
     """One `python -m pkd <arguments>`, with the methods of subprocess.Popen that the tests use.
 
-    function: "module:name" of what is called with the arguments instead.
+    function: "module:name" of what is called with the arguments instead; module: what is run in pkd's place.
     """
 
-    def __init__(self, arguments: list, env: dict[str, str], cwd: Path, function: str | None = None):
+    def __init__(self, arguments: list, env: dict[str, str], cwd: Path, function: str | None = None, module: str = "pkd"):
         self.out, self.err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115 (read in the end)
         self.returncode: int | None = None
-        asked = {"module": "pkd", "function": function, "arguments": arguments, "env": env, "cwd": str(cwd)}
+        asked = {"module": module, "function": function, "arguments": arguments, "env": env, "cwd": str(cwd)}
         self.connection, self.pid = _ask(_server(Path(__file__).resolve().parent.parent), asked, self.out, self.err)
 
     def wait(self, timeout: float | None = None) -> int:
@@ -116,7 +118,8 @@ def serve(address: str) -> dict:
 
     import_deepspeed()
     python = Path(address).with_name("python")
-    python.write_text(f'#!/bin/sh\nif [ "$1" = -m ]; then shift; exec {sys.executable} -S {__file__} {address} "$@"; fi\n'
+    python.write_text('#!/bin/sh\n[ "$1" = -u ] && [ "$2" = -m ] && shift\n'
+                      f'if [ "$1" = -m ]; then shift; exec {sys.executable} -S {__file__} {address} "$@"; fi\n'
                       f'exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     gc.freeze()  # or every rank's collector, and its end, would look at all that was imported, and so copy it
@@ -163,6 +166,14 @@ def _begin(connection: socket.socket) -> dict:
     return request
 
 
+def leave(code: int) -> None:
+    """End without tearing down all that was imported, which costs as much as the shorter commands do."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
 def stand_in(address: str, module: str, arguments: list[str]) -> int:
     """Be the process that was started in a rank's place: signals go on to it, and its exit code is this one's."""
     passed_on = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -195,4 +206,9 @@ if __name__ == "__main__":
         getattr(importlib.import_module(module), name)(*asked["arguments"])
     else:
         sys.argv = [asked["module"], *asked["arguments"]]
-        runpy.run_module(asked["module"], run_name="__main__", alter_sys=True)
+        try:
+            runpy.run_module(asked["module"], run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            if asked["module"] != "pkd" or asked["arguments"][:1] in RANKS or not isinstance(end.code, int):
+                raise
+            leave(end.code)

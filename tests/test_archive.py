@@ -14,7 +14,7 @@ from pkd.data import load_data
 from pkd.recipe import Views as Policy
 from pkd.recipe_file import load_recipe
 
-FINITE = ("views.finite=2", "distill.epochs=3")
+FINITE = ("views.finite=2", "distill.epochs=3", *LIGHT)
 ARCHIVE, AUTO, ONE_GROUP = "soft_targets=archive", "soft_targets=auto", "placement.student_groups=1"
 CO_LOCATED = "placement.kind=co-located"
 
@@ -73,7 +73,6 @@ def test_losses_and_students_are_those_of_the_run_with_teachers_bit_for_bit(tiny
     if objective == "composed":  # the recipe's own
         before = online[1], online[2]
     else:
-        words = (*words, *LIGHT)
         before = distilled(1, tiny, new_run("online-1"), *words), distilled(2, tiny, new_run("online-2"), *words, CO_LOCATED)
     own = fill(1, tiny, new_run("archive"), *words)
     groups = () if objective == "composed" else ("placement.student_groups=2",)
@@ -92,7 +91,7 @@ def test_losses_and_students_are_those_of_the_run_with_teachers_bit_for_bit(tiny
 def test_whatever_decides_the_soft_targets_decides_them_online_as_well(tiny, taught, tmp_path, words):
     """Coarser rows are part of the identity; so teachers that answer online round as the archive does."""
     words = (*FINITE, "distill.epochs=1", *words)
-    if words[3].startswith(("views", "teachers")):  # other teachers' settings
+    if words[len(FINITE) + 1].startswith(("views", "teachers")):  # other teachers' settings
         run(2, "teach", tiny, "--run-folder", tmp_path / "taught", *words)
         taught = tmp_path / "taught"
     own = fill(2, tiny, (tmp_path / "archive", f"teachers_from={taught}"), *words)
@@ -107,7 +106,7 @@ def test_a_run_may_change_between_teachers_and_archive_at_every_start(tiny, copi
     fill(2, tiny, (folder, teachers_from), *FINITE)
     run(2, *words, CO_LOCATED, "--steps", 7)
     ranks = Ranks(2, *words, ARCHIVE, ONE_GROUP)
-    wait_for_step(folder, 16)
+    wait_for_step(folder, 13)  # after the checkpoint at the end of its first epoch
     ranks.processes[1].kill()
     assert all(one.code != 0 for one in ranks.wait())
     run(2, *words, ARCHIVE, ONE_GROUP, "--steps", 25)

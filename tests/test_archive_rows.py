@@ -90,3 +90,11 @@ def test_coarse_rows_keep_what_they_promise(shape, dtype, top_k, temperature):
         exact, coarse = (torch.exp(x.double() / temperature) for x in (logits, found))
         ratio = (coarse * ~kept).sum(1) / (exact * ~kept).sum(1)
         assert ((ratio - 1).abs() < 0.02).all()
+
+
+@pytest.mark.parametrize(("samples", "shards"), [(480, 15), (16_384, 16), (65_536, 64), (1_000_000, 123)])
+def test_many_samples_are_in_as_many_shards_as_many_ranks_can_share(samples, shards):
+    labels = np.zeros(samples, dtype=np.int64)
+    layout = Layout(PYRAMID, np.arange(samples), labels, {0: RowFormat(7, Archive(), 1.0)}, False, 1)
+    assert layout.shards == shards and layout.per_shard <= 8192
+    assert sum(len(layout.samples(shard)) for shard in range(shards)) == samples

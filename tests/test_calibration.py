@@ -8,10 +8,11 @@ import pytest
 from ranks import refused, run
 
 from pkd.data import load_data
+from pkd.devices import DEVICES
 from pkd.figures import Keys, surroundings
 from pkd.pyramid import build_pyramid
 from pkd.recipe_file import digest, load_recipe
-from pkd.timings import Timings
+from pkd.timings import Timings, estimated, workload
 
 
 def started(tiny, taught, folder, cache, *changes) -> str:
@@ -112,3 +113,15 @@ def test_plan_takes_what_was_timed_here_or_a_data_sheet(tiny, first):
     assert samples and min(samples) >= 8
     assert all(0 < rank["bytes"] < 141e9 for rank in large["ranks"]) and large["bound_by"] and large["next_rank"]
     assert "did you mean 'h200'" in refused(1, *words, "--device", "h20")
+
+
+def test_on_a_cpu_decoded_images_and_the_best_weights_are_in_a_ranks_memory(tiny):
+    recipe = load_recipe(str(tiny), [])
+    data = load_data(recipe.data)
+    pyramid = build_pyramid(recipe.pyramid, data.classes, recipe.seed)
+    cpu, gpu = (workload(recipe, pyramid, data, estimated(recipe, pyramid, data, device), device)
+                for device in (DEVICES["cpu"], DEVICES["h200"]))
+    images, weights = 480 * 8 * 8, 4 * sum(student.parameters for student in cpu.each)
+    same = DEVICES["cpu"].runtime - DEVICES["h200"].runtime
+    assert cpu.runtime - gpu.runtime == images + same
+    assert cpu.student_memory(1, 1) - gpu.student_memory(1, 1) == images + weights + same

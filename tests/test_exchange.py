@@ -1,10 +1,9 @@
 """The exchange: two ways for the same bits, as costly as predicted, and nothing allocated once it runs."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from fork_server import Forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import REPOSITORY, clean_environment
@@ -27,11 +26,11 @@ placements = st.builds(placed, st.integers(1, 12), st.integers(0, 12), st.intege
     (3, 2, ()), (1, 3, ()), (3, 2, ("--co-located", "--pixels", "8"))])
 def test_both_kinds_bring_the_same_bits_at_the_predicted_cost_without_an_allocation(students, sources, more):
     """By real ranks and gloo: sockets and bytes are those of the kernel, allocations those of torch's profiler."""
-    done = subprocess.run([sys.executable, REPOSITORY / "tests/bench/exchange.py", "--students", str(students), "--sources",
-                           str(sources), "--steps", "5", "--batch", "64", "--json", *more], text=True, capture_output=True,
-                          timeout=100, env=clean_environment(), check=False)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    words = ["--students", str(students), "--sources", str(sources), "--steps", "5", "--batch", "64", "--json", *more]
+    ranks = Forked(words, clean_environment(), REPOSITORY, "bench.exchange:main")
+    out, said = ranks.communicate(100)
+    assert ranks.returncode == 0, said
+    found = [json.loads(line) for line in out.splitlines()]
     of = {kind: [one for one in found if one["kind"] == kind] for kind in KINDS}
     assert [one["crc"] for one in of["broadcast"]] == [one["crc"] for one in of["direct"]]
     assert len({one["crc"] for one in of["direct"][:students]}) == students, "every student rank has rows of its own"

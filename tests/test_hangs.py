@@ -12,9 +12,9 @@ import time
 import numpy as np
 import psutil
 import pytest
+from fork_server import Forked
 from PIL import Image
 from ranks import REPOSITORY, Ranks, clean_environment, run, wait_for_step
-from test_launch import BIN
 
 TWO_STUDENTS = "placement={kind: dedicated, student_ranks: 2}"
 LIMIT = 4  # seconds of timeouts.step
@@ -98,10 +98,9 @@ def test_a_rank_stuck_in_decoding_is_named(tiny, new_run, tmp_path):
 def test_a_store_that_hangs_is_named(tiny, new_run):
     """Under torchrun the agent serves it; it is missed where ranks need it, at the latest when they leave together."""
     folder, teachers_from = new_run("run")
-    agent = subprocess.Popen(
-        [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", "-m", "pkd", "distill", str(tiny), "--run-folder",
-         str(folder), teachers_from, f"timeouts={{start: 40, step: {LIMIT}}}"], cwd=REPOSITORY, env=clean_environment(),
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    agent = Forked(["--standalone", "--nproc_per_node", "2", "-m", "pkd", "distill", str(tiny), "--run-folder", str(folder),
+                    teachers_from, f"timeouts={{start: 40, step: {LIMIT}}}"], clean_environment(), REPOSITORY,
+                   module="torch.distributed.run")
     wait_for_step(folder, 3)
     ranks = [rank["pid"] for rank in json.loads((folder / "ranks" / "distill.json").read_text())["ranks"]]
     agent.send_signal(signal.SIGSTOP)
@@ -109,7 +108,7 @@ def test_a_store_that_hangs_is_named(tiny, new_run):
     while any(running(pid) for pid in ranks) and time.monotonic() < deadline:
         time.sleep(0.05)
     agent.kill()
-    out, _ = agent.communicate(timeout=20)
+    out = "".join(agent.communicate(timeout=20))
     assert "pkd: hang: rank" in out and "the store does not answer" in out, out
 
 

@@ -1,6 +1,7 @@
 """The invariants, each with real processes: several ranks, gloo, DeepSpeed's own engine."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from pkd.tensor_file import read_tensors
 COMPARABLE = ("distill.sync_batch_norm=true", *LIGHT)
 DEDICATED, CO_LOCATED = "placement.kind=dedicated", "placement.kind=co-located"
 TWO = (DEDICATED, "placement.student_ranks=2")
+ONE_EPOCH = ("distill.epochs=1",)  # of 12 steps, for students of many layers; those of two epochs are LIGHT
 
 
 def distilled(world, tiny, new, *overrides):
@@ -27,13 +29,14 @@ def distilled(world, tiny, new, *overrides):
 @pytest.fixture(scope="module")
 def two_students(tiny, taught, tmp_path_factory):
     """What a run on two student ranks beside one of teachers becomes."""
-    return distilled(3, tiny, (tmp_path_factory.mktemp("two") / "run", f"teachers_from={taught}"), "answer_rows=16", *TWO)
+    return distilled(3, tiny, (tmp_path_factory.mktemp("two") / "run", f"teachers_from={taught}"), "answer_rows=16",
+                     *ONE_EPOCH, *TWO)
 
 
 @pytest.mark.parametrize("objective", ["composed", "paper"])
 def test_losses_are_equal_bit_for_bit_wherever_the_teachers_sit(tiny, new_run, two_students, objective):
     """Invariant 1, with one and with two student ranks."""
-    kind = f"objective.kind={objective}", "answer_rows=16", *LIGHT * (objective == "paper")
+    kind = f"objective.kind={objective}", "answer_rows=16", *(LIGHT if objective == "paper" else ONE_EPOCH)
     alone = distilled(1, tiny, new_run("alone"), *kind)
     assert distilled(2, tiny, new_run("one-teacher-rank"), *kind, DEDICATED) == alone
     assert distilled(3, tiny, new_run("two-teacher-ranks"), *kind, DEDICATED, "placement.student_ranks=1",
@@ -84,7 +87,7 @@ def test_the_zero_stage_changes_nothing_but_the_last_bits(tiny, new_run):
 
 def test_a_run_killed_before_its_first_checkpoint_comes_to_the_same_students(tiny, new_run, two_students):
     """Invariant 6: kill -9 of a teacher rank, then the same command again. After a checkpoint: tests/slurm."""
-    place = (*TWO, "answer_rows=16")
+    place = (*TWO, "answer_rows=16", *ONE_EPOCH)
     folder, teachers_from = new_run("disturbed")
     ranks = Ranks(3, "distill", tiny, "--run-folder", folder, teachers_from, *place)
     wait_for_step(folder, 3)
@@ -153,20 +156,28 @@ def unbeatable(checkpoint: Path, student: str) -> dict[str, torch.Tensor]:
     return read_tensors(checkpoint / f"best-{student}.safetensors")
 
 
+@pytest.fixture(scope="module")
+def stopped(tiny, taught, tmp_path_factory):
+    """A run folder of two student ranks, stopped in its second epoch, so that there are best weights to keep, of which
+    shuffle's are made the best that there will ever be; these. To be copied."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    run(2, "distill", tiny, "--run-folder", folder, f"teachers_from={taught}", *COMPARABLE, *SCHEDULED, CO_LOCATED,
+        "deepspeed.students=zero1", "--steps", 14)
+    return folder, unbeatable(folder / "checkpoints" / "step-14", "shuffle")
+
+
 @pytest.mark.parametrize(("ranks", "after"), [
     (1, ("deepspeed.students=zero0", "placement.kind=single")),
     (3, ("deepspeed.students=zero3", CO_LOCATED)),
     (4, ("deepspeed.students=zero2", CO_LOCATED)),
     (4, ("deepspeed.students=zero1", DEDICATED, "placement.student_ranks=3")),
 ])
-def test_a_run_of_two_student_ranks_goes_on_with_others_placement_and_stage(tiny, new_run, one_process, ranks, after):
-    """Invariant 6: to invariant 1's tolerance; stopped in its second epoch, so that there are best weights to keep, of which
-    shuffle's are made the best that there will ever be."""
-    folder, teachers_from = new_run("moved")
-    start = ("distill", tiny, "--run-folder", folder, teachers_from, *COMPARABLE, *SCHEDULED)
-    run(2, *start, CO_LOCATED, "deepspeed.students=zero1", "--steps", 14)
-    best = unbeatable(folder / "checkpoints" / "step-14", "shuffle")
-    run(ranks, *start, *after)
+def test_a_run_of_two_student_ranks_goes_on_with_others_placement_and_stage(tiny, new_run, one_process, stopped, ranks,
+                                                                            after):
+    """Invariant 6: to invariant 1's tolerance."""
+    (folder, teachers_from), best = new_run("moved"), stopped[1]
+    shutil.copytree(stopped[0], folder)
+    run(ranks, "distill", tiny, "--run-folder", folder, teachers_from, *COMPARABLE, *SCHEDULED, *after)
     for one, other in zip(trace(one_process)[:20], trace(folder)[:20], strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-6), one["step"]
     lines = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ranks import REPOSITORY, clean_environment, listens, refused, run, students, trace, wait_for_step
+from fork_server import Forked
+from ranks import LIGHT, REPOSITORY, clean_environment, listens, refused, run, students, trace, wait_for_step
 
 from pkd.order import Order, is_done
 from pkd.recipe_file import load_recipe
@@ -30,6 +31,12 @@ def start(way: str, *words) -> subprocess.Popen:
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
+def launched(*words) -> Forked:
+    """`pkd launch` with torchrun on two ranks, all of it forked; how the scripts come to it: start(), and tests/slurm."""
+    return Forked(["launch", *map(str, words), "placement.kind=dedicated", "--on", "torchrun", "--ranks-per-node", "2"],
+                  clean_environment(), REPOSITORY)
+
+
 def ended(process: subprocess.Popen, timeout: float = 120.0) -> tuple[int, str]:
     try:
         out, _ = process.communicate(timeout=timeout)
@@ -46,13 +53,16 @@ def state(folder: Path) -> str:
 
 def test_all_phases_run_once_and_a_second_call_finds_nothing_to_do(tiny, taught, finished, tmp_path):
     folder = tmp_path / "run"
-    code, out = ended(start("torchrun", tiny, "--run-folder", folder))
-    assert code == 0, out
+    process = launched(tiny, "--run-folder", folder)
+    out, said = process.communicate(120)
+    assert process.returncode == 0, said
     assert "ensemble of students" in out and json.loads((folder / "summary.json").read_text())["complete"]
     assert students(folder) == students(finished) and trace(folder) == trace(finished)
     assert (folder / "teachers" / "level1-0.safetensors").read_bytes() == \
         (taught / "teachers" / "level1-0.safetensors").read_bytes()
-    again = run(1, "launch", tiny, "--run-folder", folder, "--on", "torchrun", "--ranks-per-node", 2)[0].out
+    process = launched(tiny, "--run-folder", folder)
+    again, said = process.communicate(60)
+    assert process.returncode == 0, said
     assert again.count("done already") == 3 and "ensemble of students" in again
     said = json.loads(run(1, "status", folder, "--json")[0].out)
     assert said["phase"] == "done" and said["holder"] is None and set(said["teachers"].values()) == {"done"}
@@ -82,9 +92,13 @@ def test_ctrl_c_or_a_signal_to_script_launcher_or_rank_stops_all_ranks_together_
     assert len(trace(folder)) < len(trace(finished)) and not (folder / "students").exists()
     assert "next is distill" in run(1, "status", folder)[0].out
     assert "not finished (distill: stopped)" in refused(1, "evaluate", folder)
-    if target == "rank":  # once a way: what a resumed run becomes
-        code, out = ended(start(way, *words))
-        assert code == 0 and students(folder) == students(finished) and trace(folder) == trace(finished), out
+    if target == "rank":  # what a resumed run becomes
+        if way == "torchrun":
+            code, out = ended(start(way, *words))
+            assert code == 0, out
+        else:
+            run(2, "distill", tiny, teachers_from, "--run-folder", folder, "placement.kind=dedicated")
+        assert students(folder) == students(finished) and trace(folder) == trace(finished)
 
 
 @pytest.mark.parametrize(("way", "delay"), [("torchrun", 0.0), ("deepspeed", 1.5), ("torchrun", 3.0)])
@@ -184,23 +198,24 @@ def test_status_tells_where_a_run_stands_while_it_runs(tiny, new_run):
     (folder / "jobs.json").write_text('{"teach-top": "7"}')
     assert "submitted, nothing has begun yet" in run(1, "status", folder)[0].out
     assert json.loads(run(1, "status", folder, "--json")[0].out)["phase"] == "submitted"
-    process = start("torchrun", tiny, teachers_from, "--run-folder", folder, "--phases", "distill", "distill.epochs=500")
+    words = (tiny, teachers_from, "--run-folder", folder, "--phases", "distill", "distill.epochs=500", *LIGHT)
+    process = launched(*words)
     wait_for_step(folder, 14)
     said = run(1, "status", folder)[0].out
     run(1, "report", folder)
-    assert process.poll() is None, "status and report are of a run that goes on"
-    os.kill(process.pid, signal.SIGTERM)
-    assert ended(process, END)[0] == 0
+    assert psutil.pid_exists(process.pid), "status and report are of a run that goes on"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(END) == 0
     page = (folder / "report.html").read_text()
     assert "Distillation is not finished (running)" in page and "of 500 epochs" in page and ">Training</h2>" in page
     assert "is writing, 6 of 6 teachers done" in said and "distill: running, epoch" in said
     assert "last checkpoint: step-" in said and "s ago" in said
-    process = start("torchrun", tiny, teachers_from, "--run-folder", folder, "--phases", "distill", "distill.epochs=500")
+    process = launched(*words)
     wait_for_step(folder, len(trace(folder)) + 2)
     for rank in json.loads((folder / "ranks" / "distill.json").read_text())["ranks"]:
         os.kill(rank["pid"], signal.SIGKILL)
-    code, out = ended(process, END)
-    assert code == 1 and "goes on from the last checkpoint" in out
+    out = "".join(process.communicate(END))
+    assert process.returncode == 1 and "goes on from the last checkpoint" in out
     assert "distill: ended without a word" in run(1, "status", folder)[0].out
 
 

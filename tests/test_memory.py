@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from bench.memory import CONFIGS, element_and_stage, worker
+from bench.memory import CASES, element_and_stage, name_of, worker
 from ranks import free_port, spawn
 
 from pkd.workload import student_bytes
@@ -16,11 +16,12 @@ def measured(tmp_path_factory):
     return json.loads((folder / "2").read_text())
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_weights_gradients_masters_and_states_are_predicted_within_a_tenth(measured, config):
-    found = measured[config]
+@pytest.mark.parametrize("config, accumulation", CASES)
+def test_weights_gradients_masters_and_states_are_predicted_within_a_tenth(measured, config, accumulation):
+    found = measured[name_of(config, accumulation)]
     held = sum(found[kind] for kind in ("weights", "gradients", "masters", "states"))
-    assert student_bytes(found["count"], *element_and_stage(config), 2, 1) == pytest.approx(held, rel=0.1)
+    predicted = student_bytes(found["count"], *element_and_stage(config), 2, 1, accumulation)
+    assert predicted == pytest.approx(held, rel=0.1)
 
 
 def test_an_ensemble_under_zero_3_is_held_in_halves_by_two_ranks(measured):

@@ -245,7 +245,7 @@ def page(ask: argparse.Namespace) -> str:
                        beyond="\n".join(map(beyond, BEYOND)))
 
 
-def main() -> None:
+def main(*arguments: str) -> None:
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words.add_argument("--students", type=int, default=8)
     words.add_argument("--sources", type=int, default=8)
@@ -258,7 +258,7 @@ def main() -> None:
     words.add_argument("--co-located", action="store_true")
     words.add_argument("--json", action="store_true")
     words.add_argument("--page", action="store_true")
-    ask = words.parse_args()
+    ask = words.parse_args(arguments or None)
     if ask.page:
         Path(__file__).with_name("RESULTS-exchange.md").write_text(page(ask))
         return

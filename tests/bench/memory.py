@@ -3,7 +3,8 @@
     python tests/bench/memory.py        # writes RESULTS-memory.md beside itself
 
 Measured: bytes of the live storages of weights, gradients, fp32 masters and optimizer states, each storage once, between
-the second step's backward and its update, for gradients are let go in the update.
+the second step's backward and its update, for gradients are let go in the update; where a step has two micro batches, after
+the first one's backward, which is what lies there beside the activations of the second.
 """
 
 import json
@@ -33,7 +34,8 @@ from pkd.world import World
 HERE = Path(__file__).resolve().parent
 MIB = 2**20
 MODELS = (("pkd_resnet_l", 2.0), ("pkd_mobile", 4.0))
-CONFIGS = [f"zero{stage}{dtype}" for dtype in ("", "-bf16") for stage in range(4)]
+CASES = [(f"zero{stage}{dtype}", 1) for dtype in ("", "-bf16") for stage in range(4)]  # and micro batches of a step
+CASES += [("zero1", 2), ("zero2", 2)]
 
 
 def parts(engine: Engine) -> dict[str, int]:
@@ -42,9 +44,10 @@ def parts(engine: Engine) -> dict[str, int]:
     parameters = list(ds.module.parameters())
     weights = [p.data for p in parameters] + [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    averaged = getattr(zero, "averaged_gradients", {})
-    for kept in averaged.values() if isinstance(averaged, dict) else averaged:
-        gradients += [one for one in kept or [] if one is not None]
+    for name in ("averaged_gradients", "all_grad_tensors"):  # of ZeRO 2: the step's, and its micro batches' so far
+        found = getattr(zero, name, {})
+        for kept in found.values() if isinstance(found, dict) else found:
+            gradients += [one for one in kept or [] if one is not None]
     for name in ("_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",):
         gradients += list(getattr(zero, name, {}).values())
     masters = [master for group in range(len(engine.names)) for piece in state.pieces(ds, group) for master in piece.masters]
@@ -64,23 +67,29 @@ def element_and_stage(config: str) -> tuple[int, int]:
     return 4 if precision(found) == "fp32" else 2, stage(found)
 
 
+def name_of(config: str, accumulation: int) -> str:
+    return config if accumulation == 1 else f"{config}, {accumulation} micro batches"
+
+
 def worker(rank: int, ranks: int, port: int, folder: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
     world = World(read_launch(os.environ), Timeouts(start=60))
     found = {}
-    for config in CONFIGS:
-        world.join_island(config, list(range(ranks)))
+    for config, accumulation in CASES:
+        world.join_island(f"{config} {accumulation}", list(range(ranks)))
         torch.manual_seed(0)
         networks = {name: build(Model(name=name, width=width), 10, 1, (8, 8)) for name, width in MODELS}
         count = sum(p.numel() for network in networks.values() for p in network.parameters())
-        engine = Engine(networks, [Optimisation() for _ in networks], load_ds_config(config), 1, world.device, False)
-        images = torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8)
-        engine.backward(engine.train_step(images).square().mean())
+        engine = Engine(networks, [Optimisation() for _ in networks], load_ds_config(config), accumulation, world.device,
+                        False)
+        images = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
+        for _ in range(accumulation):
+            engine.backward(engine.train_step(images).square().mean())
         engine.ds.backward(engine.train_step(images).square().mean())
         copies = storages(tensor for copy in engine.copies.values() for tensor in copy.state_dict().values())
-        found[config] = {"count": count, **parts(engine), "copies": copies}
+        found[name_of(config, accumulation)] = {"count": count, **parts(engine), "copies": copies}
         engine.ds.step()
         engine.close()
         del engine, networks
@@ -97,12 +106,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for ranks in (1, 2, 4):
             mp.spawn(worker, (ranks, free_port(), folder), nprocs=ranks)
-            for config, found in json.loads(Path(folder, f"{ranks}").read_text()).items():
-                predicted = student_bytes(found["count"], *element_and_stage(config), ranks, 1)
+            measured_here = json.loads(Path(folder, f"{ranks}").read_text())
+            for config, accumulation in CASES:
+                name, (element, own) = name_of(config, accumulation), element_and_stage(config)
+                found = measured_here[name]
+                predicted = student_bytes(found["count"], element, own, ranks, 1, accumulation)
                 kinds = [found[kind] for kind in ("weights", "gradients", "masters", "states")]
                 ratio = predicted / sum(kinds)
                 worst = max(worst, abs(ratio - 1))
-                rows.append(f"| {config} | {ranks} | {predicted / MIB:.2f} | {sum(kinds) / MIB:.2f} | {ratio:.3f} | "
+                rows.append(f"| {name} | {ranks} | {predicted / MIB:.2f} | {sum(kinds) / MIB:.2f} | {ratio:.3f} | "
                             + " | ".join(f"{kind / MIB:.2f}" for kind in kinds)
                             + f" | {found['copies'] / MIB:.2f} |")
                 print(rows[-1], flush=True)

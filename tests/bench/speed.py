@@ -27,6 +27,7 @@ from commit import changed, commit
 
 from pkd.bench import Program, Trial, spread, take_turns
 from pkd.data import load_data
+from pkd.hardware import cpu_model
 from pkd.metrics import enough, steady
 from pkd.models import build
 from pkd.placement import Placement, outline
@@ -35,8 +36,7 @@ from pkd.recipe_file import load_recipe
 from pkd.teacher import TeacherHost, images_last
 
 HEAD = """\
-Written by `launch/bench.sh speed` at commit {commit}: {cores} cores, {processor};
-{versions}.
+Written by `launch/bench.sh speed` at commit {commit}: {machine}.
 {rounds} rounds; in each, every program runs once: {steps} steps of 64 images (the published loop: half of them), the first
 quarter of which warms up; pkd beside teachers {ours}, of which {timed} count that neither warm up nor have teachers that
 are done already, and for which teachers answer as many. A ratio compares two runs of one round. ResNet-101 / 2 x ResNet-50
@@ -50,16 +50,14 @@ both ranks train all four on half of each batch and average their gradients. The
 start students wait for the first answers. Our kernels: students fp32, channels last, with pkd.depthwise; teachers {kernels}.
 pkd's teachers answer {answer_steps} steps at once in blocks of {rows} rows. "Co-located": both ranks answer for teachers,
 too, and each trains some of the students. With a core each the teachers are lighter, ResNet-50 / 2 x ResNet-18, so that
-their work is at most 0.8 of the students'. Against torchdistill it is one ResNet-50 and one MobileNetV2, the soft targets of
-the top teacher: the same arithmetic, layout and fused SGD in both, but torchdistill asks its teacher about each batch by
-itself, as its loop does.
+their work is at most 0.8 of the students'.
 """
 ONE_GROUP = "placement.student_groups=1"
 ANSWERS = {"window": 16, "answer_steps": 16}
 ROWS = 64, 128  # of a block; the first unless the last takes a twentieth less time for as many: it pads more
 AHEAD = ANSWERS["window"] + ANSWERS["answer_steps"]  # steps that teachers may be ahead
 EPOCHS = 30  # of a whole run
-PACKAGES = ("torch", "torchvision", "deepspeed", "torchdistill")
+PACKAGES = ("torch", "torchvision", "deepspeed")
 NO_WARM_UP = {"schedule": "constant", "warmup_steps": 0}
 
 
@@ -138,13 +136,13 @@ class Bench:
         self.memory: dict[str, dict[str, int]] = {}  # program -> role -> peak bytes of the largest rank
         self.holds: dict[str, dict[str, list[list[str]]]] = {}  # program -> role -> rank -> its teachers
         self.kinds: dict[str, str] = {}  # program -> its placement
-        for name, recipe in self.recipes.items():
-            if not self.taught(name).exists():
-                Trial(folder, [str(recipe)], 2).phase("teach", run=self.taught(name))
 
     def taught(self, recipe: str) -> Path:
         """The run folder with the teachers of a recipe, which those of the same teachers share."""
-        return self.folder / recipe.removesuffix("-slow")
+        run = self.folder / recipe.removesuffix("-slow")
+        if not run.exists():
+            Trial(self.folder, [str(self.recipes[run.name])], 2).phase("teach", run=run)
+        return run
 
     @property
     def kernels(self) -> str:
@@ -156,9 +154,9 @@ class Bench:
 
     def fill(self) -> float:
         """Images per second while the archive of the paper's pyramid is filled anew by two ranks, without their start."""
-        folder = self.folder / "paper" / "soft-targets"
+        folder = self.taught("paper") / "soft-targets"
         shutil.rmtree(folder, ignore_errors=True)
-        Trial(self.folder, [str(self.recipes["paper"])], 2).phase("archive", run=self.folder / "paper")
+        Trial(self.folder, [str(self.recipes["paper"])], 2).phase("archive", run=self.taught("paper"))
         record = json.loads((folder / "archive.json").read_text())
         written = sorted(path.stat().st_mtime for path in folder.glob("*.safetensors"))
         # Two ranks: the first two shards are there after the start and one shard each.
@@ -274,9 +272,6 @@ def programs(bench: Bench) -> dict[str, Program]:
         pkd("pkd online, co-located", "paper", 2, "placement={kind: co-located, student_groups: 2}"),
         pkd("pkd online", "paper", 2),
         other("naive data parallel, our kernels", "naive_ddp", "paper", "ours", 2),
-        other("torchdistill, eager", "torchdistill_kd", "pair-eager", "eager"),
-        pkd("pkd, one teacher, one student, eager", "pair-eager", 1),
-        pkd("pkd, one teacher, one student, our kernels", "pair", 1),
         other("one core: teachers alone", "teachers_only", "light", "ours", threads=1),
         Program("one core: students alone, teachers on the other", bench.beside_teachers),
         pkd("one core: students alone", "light", 1, "objective.kind=alone", threads=1),
@@ -311,9 +306,6 @@ def rows(rates: dict[str, list[float]], filled: float) -> list[tuple[str, str, l
                                                                        "one core: students alone")),
         ("its teachers' work over its students' work", "at most 0.8", over("one core: students alone",
                                                                            "one core: teachers alone")),
-        ("one teacher, one student, against torchdistill, eager both", "1.0",
-         over("pkd, one teacher, one student, eager", "torchdistill, eager")),
-        ("the same with our kernels", "", over("pkd, one teacher, one student, our kernels", "torchdistill, eager")),
     ]
 
 
@@ -341,25 +333,34 @@ def memory(bench: Bench) -> list[str]:
     return out
 
 
-def page(bench: Bench, rates: dict[str, list[float]], equal: list[str], rounds: int, filled: float,
-         whole: list[float]) -> str:
-    processor = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                      if line.startswith("model name")), platform.processor())
-    versions = ", ".join([f"Python {platform.python_version()}",
-                          *(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)])
-    lines = ["# Speed", "",
-        HEAD.format(commit=bench.commit, cores=os.cpu_count(), processor=processor, versions=versions, rounds=rounds,
-                    steps=bench.steps, ours=bench.ours, timed=len(bench.timed), kernels=bench.kernels,
-                    alone=bench.kinds["students alone"], archive=bench.kinds["pkd archive"],
-                    online=bench.kinds["pkd online"], rows=bench.rows, **ANSWERS),
-        "| figure | asked for, at least | min | median | max |", "|---|---|---|---|---|"]
-    for figure, target, values in rows(rates, filled):
-        lines.append(f"| {figure} | {target} | " + " | ".join(f"{value:.2f}" for value in spread(values)) + " |")
-    lines += ["", "| program | images/s: min | median | max | largest rank's memory, MB |", "|---|---|---|---|---|"]
+def machine(*packages: str) -> str:
+    return f"{os.cpu_count()} cores, {cpu_model()};\n" + ", ".join([
+        f"Python {platform.python_version()}", *(f"{name} {importlib.metadata.version(name)}" for name in packages)])
+
+
+def ratios(rows: list[tuple[str, str, list[float]]]) -> list[str]:
+    return ["| figure | asked for, at least | min | median | max |", "|---|---|---|---|---|",
+            *(f"| {figure} | {target} | " + " | ".join(f"{value:.2f}" for value in spread(values)) + " |"
+              for figure, target, values in rows)]
+
+
+def speeds(bench: Bench, rates: dict[str, list[float]]) -> list[str]:
+    lines = ["| program | images/s: min | median | max | largest rank's memory, MB |", "|---|---|---|---|---|"]
     for name, own in rates.items():
         peak = f"{max(bench.memory[name].values()) / 1e6:.0f}" if name in bench.memory else ""
         lines.append(f"| {name} | " + " | ".join(f"{value:.1f}" for value in spread(own)) + f" | {peak} |")
-    lines += ["", by_the_clock(bench, rates, filled, whole), "", *memory(bench), "", "Equal mathematics:", *equal]
+    return lines
+
+
+def page(bench: Bench, rates: dict[str, list[float]], equal: list[str], rounds: int, filled: float,
+         whole: list[float]) -> str:
+    lines = ["# Speed", "",
+        HEAD.format(commit=bench.commit, machine=machine(*PACKAGES), rounds=rounds, steps=bench.steps,
+                    ours=bench.ours, timed=len(bench.timed), kernels=bench.kernels,
+                    alone=bench.kinds["students alone"], archive=bench.kinds["pkd archive"],
+                    online=bench.kinds["pkd online"], rows=bench.rows, **ANSWERS),
+        *ratios(rows(rates, filled)), "", *speeds(bench, rates), "", by_the_clock(bench, rates, filled, whole), "",
+        *memory(bench), "", "Equal mathematics:", *equal]
     return "\n".join(lines) + "\n"
 
 

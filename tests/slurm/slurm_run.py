@@ -1,5 +1,6 @@
 """One pkd run on the virtual cluster: its job, its folder, its log, and what a fault does to it."""
 
+import json
 import re
 import time
 from dataclasses import dataclass
@@ -88,6 +89,14 @@ class SlurmRun:
         self._until(goes_on, timeout, "going on")
         start = int(re.findall(r"step-(\d+)", " ".join(self.log.split("resuming from")[resumed + 1:]))[0])
         return Recovery(seen, time.monotonic() - began, max(0, hit + 1 - start))
+
+    def two_nodes(self) -> list[dict]:
+        """The ranks, two of which train, which are on one node, and two of which are on another."""
+        placement = json.loads((self.folder / "placement.json").read_text())["placement"]
+        assert placement["nodes"] == [0, 0, 1, 1] and placement["student_ranks"] == 2
+        ranks = json.loads((self.folder / "ranks" / "distill.json").read_text())["ranks"]
+        assert len({rank["host"] for rank in ranks[:2]}) == 1 and len({rank["host"] for rank in ranks}) == 2
+        return ranks
 
     def result(self) -> tuple:
         return trace(self.folder), students(self.folder)

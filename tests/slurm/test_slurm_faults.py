@@ -30,3 +30,4 @@ def test_a_job_outlives_a_preemption_a_killed_rank_and_a_dead_node(cluster, dist
     assert cluster.restarts(mine.job) == 3, "the run was over before its faults were"
     assert mine.end() == "COMPLETED", mine.log
     assert mine.result() == undisturbed
+    mine.two_nodes()
