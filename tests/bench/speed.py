@@ -5,10 +5,8 @@ python tests/bench/speed.py [--rounds 9] [--steps 16] [--folder PATH] [--only on
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -24,10 +22,10 @@ import numpy as np
 import torch
 import yaml
 from commit import changed, commit
+from tables import machine, ratios, speeds
 
 from pkd.bench import Program, Trial, spread, take_turns
 from pkd.data import load_data
-from pkd.hardware import cpu_model
 from pkd.metrics import enough, steady
 from pkd.models import build
 from pkd.placement import Placement, outline
@@ -123,16 +121,19 @@ class Bench:
 
     def __init__(self, folder: Path, steps: int):
         folder.mkdir(parents=True, exist_ok=True)
-        self.seconds = seconds_of_forwards()
+        self.commit = commit()  # of what is measured: let nobody edit it meanwhile
+        asked = json.dumps([steps, ANSWERS]).encode()
+        name = f"{self.commit}-{hashlib.sha256(asked + changed()).hexdigest()[:8]}.json"
+        self.kept, forwards = folder / f"rates-{name}", folder / f"forwards-{name}"
+        if not forwards.exists():  # else what an earlier start chose by holds for all rounds
+            forwards.write_text(json.dumps([[*kind, seconds] for kind, seconds in seconds_of_forwards().items()]))
+        self.seconds = {(forward, rows): seconds for forward, rows, seconds in json.loads(forwards.read_text())}
         self.forward, self.rows = min(self.seconds, key=self.seconds.__getitem__)
         if self.forward == "fp32" and self.seconds["fp32", ROWS[0]] < 1.05 * self.seconds["fp32", ROWS[1]]:
             self.rows = ROWS[0]
         self.folder, self.steps, self.recipes = folder, steps, recipes(folder, self.forward, self.rows)
         self.ours = enough(2 * steps + AHEAD, AHEAD, ANSWERS["answer_steps"])
         self.timed = steady(0, self.ours, AHEAD, ANSWERS["answer_steps"])
-        self.commit = commit()  # of what is measured: let nobody edit it meanwhile
-        asked = json.dumps([steps, self.forward, self.rows, ANSWERS]).encode()
-        self.kept = folder / f"rates-{self.commit}-{hashlib.sha256(asked + changed()).hexdigest()[:8]}.json"
         self.memory: dict[str, dict[str, int]] = {}  # program -> role -> peak bytes of the largest rank
         self.holds: dict[str, dict[str, list[list[str]]]] = {}  # program -> role -> rank -> its teachers
         self.kinds: dict[str, str] = {}  # program -> its placement
@@ -333,25 +334,6 @@ def memory(bench: Bench) -> list[str]:
     return out
 
 
-def machine(*packages: str) -> str:
-    return f"{os.cpu_count()} cores, {cpu_model()};\n" + ", ".join([
-        f"Python {platform.python_version()}", *(f"{name} {importlib.metadata.version(name)}" for name in packages)])
-
-
-def ratios(rows: list[tuple[str, str, list[float]]]) -> list[str]:
-    return ["| figure | asked for, at least | min | median | max |", "|---|---|---|---|---|",
-            *(f"| {figure} | {target} | " + " | ".join(f"{value:.2f}" for value in spread(values)) + " |"
-              for figure, target, values in rows)]
-
-
-def speeds(bench: Bench, rates: dict[str, list[float]]) -> list[str]:
-    lines = ["| program | images/s: min | median | max | largest rank's memory, MB |", "|---|---|---|---|---|"]
-    for name, own in rates.items():
-        peak = f"{max(bench.memory[name].values()) / 1e6:.0f}" if name in bench.memory else ""
-        lines.append(f"| {name} | " + " | ".join(f"{value:.1f}" for value in spread(own)) + f" | {peak} |")
-    return lines
-
-
 def page(bench: Bench, rates: dict[str, list[float]], equal: list[str], rounds: int, filled: float,
          whole: list[float]) -> str:
     lines = ["# Speed", "",
@@ -359,7 +341,7 @@ def page(bench: Bench, rates: dict[str, list[float]], equal: list[str], rounds: 
                     ours=bench.ours, timed=len(bench.timed), kernels=bench.kernels,
                     alone=bench.kinds["students alone"], archive=bench.kinds["pkd archive"],
                     online=bench.kinds["pkd online"], rows=bench.rows, **ANSWERS),
-        *ratios(rows(rates, filled)), "", *speeds(bench, rates), "", by_the_clock(bench, rates, filled, whole), "",
+        *ratios(rows(rates, filled)), "", *speeds(rates, bench.memory), "", by_the_clock(bench, rates, filled, whole), "",
         *memory(bench), "", "Equal mathematics:", *equal]
     return "\n".join(lines) + "\n"
 

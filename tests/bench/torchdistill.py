@@ -7,7 +7,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from speed import ANSWERS, HERE, PACKAGES, Bench, machine, ratios, speeds
+from speed import ANSWERS, HERE, PACKAGES, Bench
+from tables import machine, ratios, speeds
 
 from pkd.bench import Program, take_turns
 
@@ -52,7 +53,7 @@ def main() -> None:
             ours=bench.ours, timed=len(bench.timed), kernels=bench.kernels, rows=bench.rows, **ANSWERS,
             ratios="\n".join(ratios([("pkd against torchdistill, eager both", "1.0", over(EAGER)),
                                      ("the same with our kernels", "", over(OURS))])),
-            speeds="\n".join(speeds(bench, rates))))
+            speeds="\n".join(speeds(rates, bench.memory))))
 
 
 if __name__ == "__main__":
