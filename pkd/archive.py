@@ -118,7 +118,8 @@ class Filling:
                             f"but a rank has {room / 2**30:.2f}: start fewer ranks a node, take larger devices, or distill "
                             "online, where a teacher may lie in shards")
         before = read_json(self.folder / RECORD) if (self.folder / RECORD).exists() else None
-        if before and (before.get("made_of"), before.get("samples_per_shard")) != (self.made_of, layout.per_shard):
+        wanted = self.made_of, layout.per_shard
+        if before is not None and (before.get("made_of"), before.get("samples_per_shard")) != wanted:
             job.console.say(f"the archive in {self.folder} is of other teachers, data, views or sizes of shards, and is "
                             "made anew")
             shutil.rmtree(self.folder)

@@ -10,6 +10,7 @@ from ranks import refused, run
 from pkd.data import load_data
 from pkd.devices import DEVICES
 from pkd.figures import Keys, surroundings
+from pkd.images import FileImages
 from pkd.pyramid import build_pyramid
 from pkd.recipe_file import digest, load_recipe
 from pkd.timings import Timings, estimated, workload
@@ -125,3 +126,8 @@ def test_on_a_cpu_decoded_images_and_the_best_weights_are_in_a_ranks_memory(tiny
     same = DEVICES["cpu"].runtime - DEVICES["h200"].runtime
     assert cpu.runtime - gpu.runtime == images + same
     assert cpu.student_memory(1, 1) - gpu.student_memory(1, 1) == images + weights + same
+    files = replace(data, images=FileImages([tiny] * 480, (8, 8), True, 1))  # as `pkd launch` checks them, undecoded
+    for gib, held in ((1.0, images), (0.0, 0)):
+        own = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_gib": gib})})
+        work = workload(own, pyramid, files, estimated(own, pyramid, files, DEVICES["cpu"]), DEVICES["cpu"])
+        assert work.runtime - DEVICES["cpu"].runtime == held
