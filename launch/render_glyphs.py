@@ -206,8 +206,9 @@ def make(arguments: argparse.Namespace) -> None:
         raise UserError(f"at least {max(2, arguments.least)} designs are needed, but the {len(fonts)} fonts in "
                         f"{', '.join(map(str, arguments.fonts))} that have all {len(characters)} characters are of "
                         f"{len(found)}: install more of the packages named at the top of this script")
-    if arguments.to.exists():  # runs know their data by its contents
-        raise UserError(f"{arguments.to} is there already: delete it, or give another name with --to")
+    for name, path in (("to", arguments.to), ("sheet", arguments.sheet)):
+        if path and path.exists():  # runs know their data by its contents
+            raise UserError(f"{path} is there already: delete it, or give another name with --{name}")
     arrays = {"classes": np.array(list(characters))}
     for number, (name, part) in enumerate(divide(found, arguments.seed).items(), 1):  # 0: divide's
         if part:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from pkd.archive_layout import Layout
 from pkd.errors import LocalError
+from pkd.files import raise_passing
 from pkd.schedule import Router, Routes, Schedule
 
 
@@ -24,7 +25,7 @@ class Slot:
 
 
 class ArchiveReader:
-    """Has the methods of an Exchange. Shards are mapped into memory, and a thread reads a window of steps ahead.
+    """In an Exchange's place. Shards are mapped into memory, and a thread reads a window of steps ahead.
 
     mine: positions in the global batch whose soft targets this rank needs; the rest of the flat buffer is left as it is.
     labels: int64 [samples of the data set].
@@ -53,7 +54,7 @@ class ArchiveReader:
         slot.routes = self.router.routes(self.labels[ids])
         slot.reading = self.thread.submit(self._read, slot, ids, epoch % self.layout.views)
 
-    def send(self, step: int) -> None:
+    def transfer(self, step: int) -> None:
         """No other rank waits for this one."""
 
     def take(self, step: int) -> tuple[Routes, torch.Tensor]:
@@ -101,6 +102,7 @@ class ArchiveReader:
                 with safe_open(path, framework="pt") as file:
                     self.shards[shard] = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
             except (OSError, SafetensorError) as error:
+                raise_passing(path, error)
                 raise LocalError(f"shard {path} was whole at the start and can no longer be read ({error}): see to the "
                                  "disk, run pkd archive again and start the same command again") from None
         return self.shards[shard]

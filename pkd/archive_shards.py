@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pkd.archive_layout import Layout
-from pkd.errors import UserError
+from pkd.errors import PassingError, UserError
 from pkd.files import sha256
 from pkd.tensor_file import read_tensors, write_tensors
 
@@ -34,7 +34,7 @@ class Shards:
             tensors = read_tensors(path)
             with safe_open(path, framework="pt") as file:
                 found = file.metadata()
-        except (UserError, OSError, SafetensorError):
+        except (UserError, PassingError, OSError, SafetensorError):
             return None
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         same = shapes == self.layout.shapes(shard) and found == self._label(index, tensors)

@@ -16,7 +16,7 @@ from pkd.ballot import Ballot
 from pkd.cost import network_cost
 from pkd.ds_config import load_ds_config
 from pkd.engine import Engine
-from pkd.errors import LocalError, UserError
+from pkd.errors import LocalError, PassingError, UserError
 from pkd.figures import Keys, cached, keep, surroundings
 from pkd.hardware import cores_per_node, memory_per_rank, nodes
 from pkd.job import Job
@@ -81,7 +81,7 @@ def calibrated(job: Job, schedule: Schedule, views: Views, ballot: Ballot, onlin
             figures[name] = [statistics.median(values) for values in zip(*(one[name] for one in found if name in one))]
         try:
             keep(measured, figures)
-        except UserError as error:
+        except (UserError, PassingError) as error:
             job.console.say(f"what was timed is not kept: {error}")
         return figures
     return partial(keys.timings, world.first("calibration: figures of all", decide))
@@ -200,7 +200,7 @@ class _Meter:
         def step(rows: int) -> None:
             images = self.views.plain(self._ids(rows)).to(device)
             levels = unpacker.unpack(routes, flat, slice(0, rows), device)
-            loss, _ = pyramid_loss(engine.train_step(images), labels[:rows].to(device), levels, len(labels), fixed)
+            loss, _ = pyramid_loss(engine.forward(images), labels[:rows].to(device), levels, len(labels), fixed)
             engine.backward(loss)
         found = []
         for rows in sizes:

@@ -1,7 +1,8 @@
 """The commands; the only place that exits.
 
 Exit codes: 0 done, or stopped by a signal with everything saved; 2 a mistake that the user can mend, said in one
-sentence; 3 a hang; 130 Ctrl-C where nothing is saved; 1 anything else, with the traceback in the rank's log.
+sentence; 3 a hang; 130 Ctrl-C where nothing is saved; 1 what may pass, such as a file server that is away, in one sentence,
+and anything else, with the traceback in the rank's log.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import traceback
 from pathlib import Path
 
 from pkd.console import Console
-from pkd.errors import LocalError, UserError
+from pkd.errors import LocalError, PassingError, UserError
 from pkd.launcher import Launch, read_launch
 from pkd.ways import WAYS
 
@@ -103,8 +104,8 @@ def parser() -> argparse.ArgumentParser:
             own.add_argument("--seeds", default="3", help="how many, or which: 3, or 0,1,5 (default: 3)")
             own.add_argument("--only-seed", type=_whole, metavar="K", help="work on this one of --seeds: for several "
                              "processes of one study, each on a seed")
-            own.add_argument("--arms", metavar="A,B", help="some of alone, top, top-t20, peers, top-long, peers-long, "
-                             "paper-plain, paper, composed (default: all that suit the pyramid)")
+            own.add_argument("--arms", metavar="A,B", help="some of alone, top, top-t20, top-ensemble, top-own, peers, "
+                             "top-long, peers-long, paper-plain, paper, composed, recipe (default: all that suit it)")
             own.add_argument("--arm", action="append", default=[], metavar='NAME="key=value ..."',
                              help="an arm of your own: the recipe with these changes")
             own.add_argument("--study-folder", type=Path, help="default: studies/<name of the recipe>")
@@ -151,6 +152,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         console.error(f"pkd: {error}")
         return 2
+    except PassingError as error:
+        console.error(f"pkd: {error}")
+        return 1
     except BrokenPipeError:  # whoever read our output has seen enough, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
@@ -239,6 +243,8 @@ def train(arguments: argparse.Namespace, launch: Launch) -> int:
     except UserError as error:
         once_a_node = launch.local_rank == 0  # a file may be missing on some nodes only
         _end(console, job, once_a_node or isinstance(error, LocalError), str(error), 2)
+    except PassingError as error:
+        _end(console, job, True, f"rank {launch.rank} failed: {error}", 1)
     except KeyboardInterrupt:  # the second; whoever pressed it does not want to wait for other ranks
         os._exit(130)
     except Exception as error:  # whatever it is, it is told once, logged whole, and ends this process

@@ -1,7 +1,8 @@
 """Distillation: one loop for teacher ranks, one for student ranks; in other placements the student loop does both.
 
-One batch on a student rank: Distillation.train_epoch -> Engine.train_step -> pyramid_loss -> Engine.backward.
-One teacher's logits: TeacherHost.answer -> Exchange.send -> Exchange.take -> Unpacker.unpack -> pyramid_loss.
+One batch on a student rank: Distillation.train_epoch -> train_step -> Engine.forward -> pyramid_loss -> Engine.backward.
+One teacher's logits: TeacherHost.answer, called by Exchange.fill -> Exchange.transfer -> Exchange.take -> Unpacker.unpack ->
+pyramid_loss.
 """
 
 import time
@@ -9,7 +10,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from pkd.ballot import Vote
+from pkd.ballot import STUDENTS, Vote
 from pkd.distill_setup import Setup
 from pkd.engine import Engine
 from pkd.loss import pyramid_loss
@@ -48,7 +49,7 @@ def teach_along(setup: Setup, epoch: int, first: int) -> str:
             if not ballot.permit(step):
                 break
             ballot.cast(step, Vote(stop=job.stop_wanted()))
-            exchange.send(step)
+            exchange.transfer(step)
             if ballot.all_began:  # the students' first step may compile and take long
                 job.steady()
         votes = ballot.close()
@@ -148,7 +149,7 @@ class Distillation:
         self.notice_broken()
         votes = ballot.close()
         exchange.drain()
-        code = -(self.broken[0] * 2**16 + self.broken[1]) if self.broken else float("-inf")
+        code = -(self.broken[0] * STUDENTS + self.broken[1]) if self.broken else float("-inf")
         seconds, wait = sums.seconds - before[0], sums.wait - before[1]
         shares = busy_shares(job.world.rank, job.world.size, seconds - wait, seconds)
         memory_student, memory_teacher, broken, longest, *busy = ballot.maximum(
@@ -168,7 +169,7 @@ class Distillation:
             exchange.await_views(step)
             self.job.watchdog.works()
         exchange.fill(epoch, step, last)
-        exchange.send(step)
+        exchange.transfer(step)
 
     def train_step(self, epoch: int, step: int, routes, flat: torch.Tensor) -> None:
         """One optimizer step: every micro batch of this rank."""
@@ -186,7 +187,7 @@ class Distillation:
             levels = setup.unpacker.unpack(routes, flat, micro, self.device)
             # Dropout and the like: the same draws however the run was interrupted.
             torch.manual_seed(derived_seed(self.recipe.seed, total_step, index, self.rank))
-            logits = engine.train_step(images)
+            logits = engine.forward(images)
             loss, terms = pyramid_loss(logits, labels, levels, setup.schedule.batch, self.constants,
                                        self.all_logits(logits), self.joined.own)
             self.job.watchdog.waits("the gradients of the students' island")

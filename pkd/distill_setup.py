@@ -9,10 +9,10 @@ from pkd import checkpoint
 from pkd.archive_layout import Layout
 from pkd.archive_reader import ArchiveReader
 from pkd.archive_record import made_of, open_archive
-from pkd.ballot import Ballot
+from pkd.ballot import STUDENTS, Ballot
 from pkd.calibration import calibrated
 from pkd.devices import device_like
-from pkd.ds_config import load_ds_config, precision, stage
+from pkd.ds_config import check_device, load_ds_config, precision, stage
 from pkd.errors import UserError
 from pkd.exchange import Exchange
 from pkd.files import read_json, write_json
@@ -61,8 +61,12 @@ class Setup:
         self.teacher_hashes = self._check_teachers()
         self.archive, self.soft_targets = self._open_archive()
         self.ballot = Ballot(world.bridge("ballot", list(range(world.size))), recipe.window, recipe.ballot_every)
+        if chooses(recipe, world.size):  # any rank may become a student's, and times students first
+            check_device(recipe.deepspeed.students, world.device.type)
         self.placement = self._place()
         self.role = self.placement.role(world.rank)
+        if self.role == "student":
+            check_device(recipe.deepspeed.students, world.device.type)
         job.watchdog.role = self.role
         self.sends_views = recipe.teacher_views == "sent" and not self.archive and bool(self.asked)
         self.unpacker = Unpacker(job.pyramid, self.asked, recipe.distill.batch if self.constants.per_batch else None)
@@ -135,7 +139,7 @@ class Setup:
         """End the run, on every rank alike, if a student's loss was not finite; the earliest one is named."""
         found = [voted] if voted else []
         if late != float("inf"):
-            found.append(divmod(int(late), 2**16))
+            found.append(divmod(int(late), STUDENTS))
         if found:
             step, student = min(found)
             step += epoch * self.schedule.steps_per_epoch

@@ -130,8 +130,9 @@ def _check(config: dict, name: str) -> None:
                         "bfloat16")
 
 
-def check_device(config: dict, name: str, device: str) -> None:
-    """Raises UserError where a kind of device ("cpu", "cuda") cannot run the configuration's dtype."""
+def check_device(name: str, device: str) -> None:
+    """Raises UserError where a kind of device ("cpu", "cuda") cannot run the dtype of the configuration of that name."""
+    config = load_ds_config(name)
     if precision(config) == "fp16" and device != "cuda":
         raise UserError(f"DeepSpeed configuration {name} asks for fp16, which DeepSpeed runs on CUDA only, and there is "
                         "no GPU here: use its bf16 or fp32 sibling")

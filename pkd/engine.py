@@ -62,7 +62,7 @@ class Engine:
         self.ds.enable_backward_allreduce = not self.alone
         self.scale = self.ranks * accumulation  # DeepSpeed averages over ranks and micro batches; our losses are sums
 
-    def train_step(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Forward of one micro batch: logits, fp32 [networks, samples, classes]."""
         return self.ds(images)
 

@@ -15,6 +15,12 @@ class LocalError(UserError):
     """A UserError that only this rank can know of, so that it has to say it itself."""
 
 
+class PassingError(Exception):
+    """What the next start may well be spared, such as a file server that does not answer; one sentence, exit code 1, after
+    which Slurm queues the job again.
+    """
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """' (did you mean X?)' for the known word closest to `word`, or '' if none is close."""
     if len(word) > 100:  # no typing mistake

@@ -79,7 +79,7 @@ class Exchange:
         self._wait(self._slot(step).arriving, step)
 
     def fill(self, epoch: int, step: int, last: int) -> None:
-        """Run this rank's teachers, if any, for a step: everything of send() that needs no other rank, but for views.
+        """Run this rank's teachers, if any, for a step: what they say goes into its flat buffer, for transfer().
 
         They answer for `at_once` steps before `last` together: each teacher pads one block of rows for all of them.
         """
@@ -97,8 +97,9 @@ class Exchange:
         for host in self.hosts:
             host.answer(questions, epoch)
 
-    def send(self, step: int) -> None:
-        """Begin to move the soft targets of a filled step: this rank's own, and those that it gets."""
+    def transfer(self, step: int) -> None:
+        """Begin to move the soft targets of a filled step: what this rank's teachers said goes out, what it needs comes in.
+        """
         slot = self._slot(step)
         if self.carrier:
             slot.works.extend(self.carrier.post(slot.flat, slot.routes, step))

@@ -8,7 +8,7 @@ import torch
 
 from pkd.data import DataSet
 from pkd.ds_config import load_ds_config
-from pkd.errors import UserError
+from pkd.errors import PassingError, UserError
 from pkd.files import read_json, write_json
 from pkd.hardware import cpu_model
 from pkd.images import ArrayImages
@@ -128,7 +128,7 @@ def cached(keys: list[dict]) -> dict[str, list[float]]:
         name = digest(key)
         try:
             found[name] = read_json(_folder() / f"{name}.json")["seconds"]
-        except (UserError, KeyError):  # not there, or damaged: it is measured again
+        except (UserError, PassingError, KeyError):  # not there, or damaged: it is measured again
             continue
     return found
 

@@ -11,11 +11,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from pkd.errors import UserError
+from pkd.errors import PassingError, UserError
+
+# What the system answers while a file server is busy, moved or away, or a process has too many files open.
+PASSING = frozenset(getattr(errno, name) for name in ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN", "EHOSTUNREACH",
+                                                      "EREMOTEIO", "EMFILE", "ENFILE") if hasattr(errno, name))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Raises UserError where the disk is full or the folder not writable; what was there before stays."""
+    """Raises UserError where the disk is full or the folder not writable, or PassingError; what was there before stays."""
     beside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +82,7 @@ def read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path} is needed, but it is not there") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise_passing(path, error)
         raise UserError(f"{path} is damaged and cannot be read as JSON ({error}): delete it or restore it") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object")
@@ -120,7 +125,15 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def raise_passing(path: Path, error: Exception) -> None:
+    """Raises PassingError if `error`, which came of `path`, says nothing of the file itself and may be gone soon."""
+    if isinstance(error, OSError) and error.errno in PASSING:
+        raise PassingError(f"{path}: the system answered {error.strerror or errno.errorcode[error.errno]!r}, which often "
+                           "passes: the same command goes on from the last checkpoint") from error
+
+
 def unwritable(path: Path, error: OSError, size: int) -> UserError:
+    raise_passing(path, error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free
         return UserError(f"{path} ({size} bytes) could not be written, {error.strerror.lower()} ({free} bytes free): "

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageOps
 
 from pkd.errors import UserError
+from pkd.files import raise_passing
 
 SAMPLE = 64  # files whose headers say whether a set is grey
 
@@ -66,6 +67,7 @@ def decode(file: Path, size: tuple[int, int], grey: bool) -> torch.Tensor:
                 image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
             pixels = torch.from_numpy(np.array(image))
     except Exception as error:  # a damaged file makes Pillow raise anything from OSError to struct.error
+        raise_passing(file, error)
         raise UserError(f"image {file} cannot be decoded ({type(error).__name__}: {error}): replace it or take it out "
                         "of the data") from None
     return pixels[None] if grey else pixels.permute(2, 0, 1).contiguous()
@@ -108,5 +110,6 @@ def _shape(file: Path) -> tuple[tuple[int, int], bool]:
         with Image.open(file) as image:
             return (image.height, image.width), image.mode in ("L", "1") or image.mode.startswith("I;16")
     except Exception as error:  # as in decode
+        raise_passing(file, error)
         raise UserError(f"image {file} cannot be read ({type(error).__name__}: {error}): replace it or take it out of "
                         "the data") from None

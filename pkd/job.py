@@ -11,8 +11,8 @@ import torch
 from pkd.confusion import pyramid_of
 from pkd.console import Console
 from pkd.data import DataSet, load_data
-from pkd.ds_config import check_compiler, check_device, load_ds_config
-from pkd.errors import UserError
+from pkd.ds_config import check_compiler, check_device
+from pkd.errors import PassingError, UserError
 from pkd.files import write_json
 from pkd.hardware import Hardware, devices, hardware, to_json
 from pkd.launcher import Launch
@@ -53,8 +53,8 @@ class Job:
         self.opened = True
         self.console.log_into(self.run.path / "logs" / f"{self.name}-rank{self.world.rank}.log")
         self._introduce()
-        name = self.recipe.deepspeed.teachers if self.phase == "teach" else self.recipe.deepspeed.students
-        check_device(load_ds_config(name), name, self.world.device.type)
+        if self.phase == "teach":
+            check_device(self.recipe.deepspeed.teachers, self.world.device.type)
         check_compiler(self.recipe.distill.compile and self.phase == "distill")
         for model in models_of(self.recipe):  # weights that are missing or misspelt, before anything is trained
             check_model(model)
@@ -134,7 +134,7 @@ class Job:
                     self.console.error(f"pkd: {sentence}")
                     if code == 2 and self.opened:
                         # The disk may be full: then nobody can be told there. Another job's word is not overwritten.
-                        with contextlib.suppress(UserError):
+                        with contextlib.suppress(UserError, PassingError):
                             self.run.check_locks()
                             self.mark("refused", why=sentence)
                 store.set("abort", str(code))

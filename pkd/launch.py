@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pkd import slurm_chain, slurm_job
 from pkd.console import Console
+from pkd.data import DataSet
 from pkd.errors import UserError, nearest
 from pkd.order import Order, is_done
 from pkd.phases import run_phases
@@ -135,9 +136,12 @@ def _check_models(recipe: Recipe) -> None:
         check_model(model)
 
 
-def check_plan(recipe: Recipe, ranks: int, here: bool = True) -> None:
-    """Refuse here what every rank would refuse, before any of them is started. here: they run on this machine."""
+def check_plan(recipe: Recipe, ranks: int, here: bool = True, data: DataSet | None = None) -> None:
+    """Refuse here what every rank would refuse, before any of them is started. here: they run on this machine. data: what
+    the recipe names, if it has been loaded.
+    """
     from pkd.plan import plan
 
     # Of auto it is not known yet whether there will be teachers to hold.
-    plan(recipe, ranks, Console(quiet=True), here=here and recipe.soft_targets != "auto", decode=False)
+    plan(recipe, ranks, Console(quiet=True), here=here and recipe.soft_targets != "auto", decode=False,
+         data=data)

@@ -42,17 +42,20 @@ def read_launch(env: Mapping[str, str]) -> Launch:
         _check(rank, world, "RANK", "WORLD_SIZE")
         by = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed"
         agent_serves = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        nodes = env.get("GROUP_WORLD_SIZE") or env.get("CROSS_SIZE") or "1"  # torchrun's, deepspeed's
         return Launch(by, rank, world, local, env["MASTER_ADDR"], port,
-                      env.get("TORCHELASTIC_RESTART_COUNT", "0"), rank == 0 and not agent_serves)
+                      env.get("TORCHELASTIC_RESTART_COUNT", "0"), rank == 0 and not agent_serves,
+                      int(nodes) if nodes.isdigit() else 1)
     if srun:
         rank, world = _number(env, "SLURM_PROCID"), _number(env, "SLURM_STEP_NUM_TASKS")
         _check(rank, world, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
         nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))
         # A restart may come while the start before still holds its port.
         step = ".".join(env.get(f"SLURM_{key}", "0") for key in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
-        return Launch("srun", rank, world, _number(env, "SLURM_LOCALID"), env.get("MASTER_ADDR") or first_host(nodes),
-                      FIRST_PORT + zlib.crc32(step.encode()) % PORTS, env.get("SLURM_RESTART_COUNT", "0"), rank == 0,
-                      int(env.get("SLURM_STEP_NUM_NODES", "1")))
+        # A single rank has nobody to meet: an array of such jobs may fill a node, and two of them would meet on one port.
+        port = FIRST_PORT + zlib.crc32(step.encode()) % PORTS if world > 1 else 0
+        return Launch("srun", rank, world, _number(env, "SLURM_LOCALID"), env.get("MASTER_ADDR") or first_host(nodes), port,
+                      env.get("SLURM_RESTART_COUNT", "0"), rank == 0, int(env.get("SLURM_STEP_NUM_NODES", "1")))
     return Launch("plain", 0, 1, 0, "127.0.0.1", 0, "0", True)
 
 

@@ -30,19 +30,20 @@ from pkd.workload import Workload
 
 
 def plan(recipe: Recipe, world: int, console: Console, device: str | None = None, here: bool = True,
-         per_node: int | None = None, decode: bool = True) -> dict:
+         per_node: int | None = None, decode: bool = True, data: DataSet | None = None) -> dict:
     """Print and return the placement of a recipe on `world` ranks, with the work and the bytes of each.
 
     device: every rank's, by its name in the table of devices, one node each; None: this machine's, which all ranks share, or
     `per_node` each of machines like it. here: whether they are such machines; else nothing is known of their memory. decode:
-    whether images are decoded as a run does it, which takes a while, or only so many as are timed.
+    whether images are decoded as a run does it, which takes a while, or only so many as are timed. data: what the recipe
+    names, if it has been loaded.
     """
     if device and per_node:
         raise UserError(f"--ranks-per-node is {per_node}, but of --device {device} every rank is taken to be on a node of "
                         "its own: leave one of the two out")
     if device:
         _check_bf16(recipe, device)
-    data = load_data(recipe.data if decode else recipe.data.model_copy(update={"cache_gib": 0.0}))
+    data = data or load_data(recipe.data if decode else recipe.data.model_copy(update={"cache_gib": 0.0}))
     pyramid = build_pyramid(foreseen(recipe.pyramid), data.classes, recipe.seed)
     if device and recipe.deepspeed.students == "auto":
         kind = AUTO["cpu" if device.lower() == "cpu" else "cuda"]

@@ -163,7 +163,7 @@ class Teachers(Optimisation):
     evaluate_every: Whole = 200  # steps; the best validation accuracy is what is kept
     forward: Literal["fp32", "bf16"] = "fp32"  # arithmetic of the frozen teacher while students train
     # Layout of its images and weights then, in fp32 (bf16 is always channels last): other last bits. Left out: channels last
-    # on GPUs and on CPUs of AVX2 (a ResNet-101 takes 0.84 of the time on an H100, 0.78 there; 1.15 times with AVX-512).
+    # on GPUs and on CPUs of AVX2 (a ResNet-101 takes 0.84 of the time on an H100, 0.75 with AVX2; 1.15 times with AVX-512).
     forward_channels_last: bool | None = None
 
 
@@ -201,7 +201,9 @@ class Distill(Section):
 
 class Placement(Section):
     """Who is where. `auto`: one process is `single`; more are what the planner finds fastest, or `dedicated` where
-    student_ranks says how many train. `dedicated` without student_ranks gives half of the ranks to the students."""
+    student_ranks says how many train, or shards which teachers several ranks hold together. `dedicated` without
+    student_ranks gives half of the ranks to the students.
+    """
 
     kind: Literal["auto", "single", "co-located", "dedicated"] = "auto"
     student_ranks: Whole | None = None  # dedicated only
@@ -287,8 +289,10 @@ class Recipe(Section):
         names = [student.name for student in self.students]
         if len(set(names)) < len(names):
             raise ValueError(f"students' names must differ, found {names}")
-        if "ensemble" in names:
-            raise ValueError("a student is named ensemble, which all of them together are called: give it another name")
+        for name, why in (("ensemble", "all of them together are"), ("students", "the list of them is"),
+                          ("run", "a run folder's recipe is")):
+            if name in names:
+                raise ValueError(f"a student is named {name}, as {why} called: give it another name")
         if self.pyramid[0].partition == "confusion":
             raise ValueError("pyramid.0 is the top, which knows every class, but its partition is confusion: leave it out")
         objective, levels = self.objective, len(self.pyramid)

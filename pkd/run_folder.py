@@ -75,8 +75,8 @@ class RunFolder:
     def mark(self, phase: str, state: str, **more) -> None:
         """Record where a phase stands, for whoever holds its lock.
 
-        phase: "distill", "teach" or "teach-<teacher>"; state: "running", "stopped" (by a signal, with everything saved:
-        start it again), "refused" (by a mistake of the user's) or "finished".
+        phase: "distill", "archive", "teach" or "teach-<teacher>"; state: "running", "stopped" (by a signal, with everything
+        saved: start it again), "refused" (by a mistake of the user's) or "finished".
         """
         write_json(self.path / "state" / f"{phase}.json", {"state": state, "time": time.time(), **slurm_job(), **more})
 

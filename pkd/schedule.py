@@ -93,7 +93,6 @@ class Router:
     def __init__(self, pyramid: Pyramid, sources: list[list[int]], own: bool, parts: int = 1, block: int = BLOCK):
         self.member = pyramid.asked_about(own)
         self.width = np.array([len(teacher.classes) for teacher in pyramid.teachers])
-        self.asked = np.zeros(len(pyramid.teachers), dtype=bool)
         pairs = [(source, teacher) for source, teachers in enumerate(sources) for teacher in teachers]
         self.replicas = np.bincount([t for _, t in pairs], minlength=len(self.width))
         self.asked = self.replicas > 0

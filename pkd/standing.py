@@ -14,13 +14,13 @@ from pkd.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Standing:
-    """teachers: name -> "done", "3 of 30 steps", "step 12 saved", "refused: ..." or "not begun"; ages in seconds."""
+    """teachers: name -> "done", "12 of 30 steps saved", "refused: ..." or "not begun"; ages in seconds."""
 
     phase: str  # what is running, or what comes next: "teach", "archive", "distill", "evaluate" or "done"
     holder: str | None  # who writes the folder now
     teachers: dict[str, str]  # those that the objective asks, and others that are there
     archive: str  # none, "3 of 16 shards", done, or stale: made by other teachers than there are now
-    distill: str  # none, running, stopped, refused or finished
+    distill: str  # none, running, stopped, refused, finished or "ended without a word"
     why: str | None  # the sentence of a refusal
     epoch: int
     epochs: int

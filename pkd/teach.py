@@ -195,7 +195,7 @@ class Lesson:
         labels = to_device(self.local[self.data.labels[ids]], self.device)
         self.engine.set_rates(self.rates.at(step))
         torch.manual_seed(derived_seed(self.job.recipe.seed, self.teacher.name, step, dist.get_rank()))
-        logits = self.engine.train_step(images)[0]
+        logits = self.engine.forward(images)[0]
         loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.settings.label_smoothing)
         loss = loss / self.schedule.batch
         self.job.watchdog.waits(f"the gradients of {self.teacher.name}'s island")

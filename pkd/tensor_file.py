@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from pkd.errors import UserError
-from pkd.files import write_bytes
+from pkd.files import raise_passing, write_bytes
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -23,5 +23,6 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise UserError(f"{path} is needed, but it is not there") from None
     except (OSError, SafetensorError, ValueError) as error:
+        raise_passing(path, error)
         raise UserError(f"{path} is damaged and cannot be read as safetensors ({error}): delete it or restore "
                         "it") from None

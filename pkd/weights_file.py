@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pkd.errors import UserError
-from pkd.files import read_json, sha256, write_json
+from pkd.files import raise_passing, read_json, sha256, write_json
 from pkd.tensor_file import write_tensors
 
 ONE, INDEX = ".safetensors", ".safetensors.index.json"
@@ -73,6 +73,7 @@ class Weights:
                 return sha256(self.path)
             lines = [f"{file.name} {sha256(file)}\n" for file in sorted([self.path, *self.files])]
         except OSError as error:
+            raise_passing(self.path, error)
             raise UserError(f"the weights of {self.path} cannot be read ({error}): restore them") from None
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -84,6 +85,7 @@ class Weights:
             except FileNotFoundError:
                 raise UserError(f"{path} is needed, but it is not there") from None
             except (OSError, SafetensorError, ValueError) as error:
+                raise_passing(path, error)
                 raise _damaged(path, error) from None
         return self._open[file]
 
@@ -92,6 +94,7 @@ class Weights:
         try:
             return get(self._reader(file))
         except (OSError, SafetensorError, ValueError) as error:
+            raise_passing(self.path.with_name(file), error)
             raise _damaged(self.path.with_name(file), error) from None
 
 

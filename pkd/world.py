@@ -6,6 +6,7 @@ a raw gloo group over host memory that joins islands. All addresses go through o
 
 import contextlib
 import datetime
+import errno
 import json
 import os
 import resource
@@ -18,7 +19,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from pkd.errors import LocalError, UserError
+from pkd.errors import LocalError, PassingError, UserError
 from pkd.launcher import Launch
 from pkd.recipe import Timeouts
 
@@ -45,8 +46,10 @@ class World:
             store = getattr(self, "_local", None) or dist.HashStore()
             self._local = store
             return dist.PrefixStore(f"pkd/{launch.attempt}", store)
-        if "GLOO_SOCKET_IFNAME" not in os.environ:
-            os.environ["GLOO_SOCKET_IFNAME"] = _interface(launch.address, launch.port)
+        if "GLOO_SOCKET_IFNAME" in os.environ:
+            _check_interfaces(os.environ["GLOO_SOCKET_IFNAME"])
+        else:
+            os.environ["GLOO_SOCKET_IFNAME"] = _interface(launch)
         serve = launch.serves_store and not hasattr(self, "store")
         listener = _listen(launch) if serve else None
         try:
@@ -192,14 +195,27 @@ def _device(local_rank: int) -> torch.device:
     return device
 
 
-def _interface(address: str, port: int) -> str:
-    """Name of the network interface that reaches `address`."""
+def _check_interfaces(wanted: str) -> None:
+    there = psutil.net_if_addrs()
+    for name in wanted.split(","):
+        if name not in there:
+            raise LocalError(f"GLOO_SOCKET_IFNAME is {wanted}, but the network interfaces of {socket.gethostname()} are "
+                             f"{', '.join(there)}: name one that all nodes have, or unset it")
+
+
+def _interface(launch: Launch) -> str:
+    """Name of the network interface that reaches rank 0."""
+    address = launch.address
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((address, port))
+            probe.connect((address, launch.port))
         except OSError as error:
             raise LocalError(f"the master address {address} cannot be reached ({error}): check MASTER_ADDR") from None
-        mine = probe.getsockname()[0]
+        there, mine = probe.getpeername()[0], probe.getsockname()[0]
+    if launch.nodes > 1 and there.startswith("127."):
+        raise LocalError(f"{launch.nodes} nodes are to reach rank 0 at {address}, but that name is {there} here, which no "
+                         f"other node can reach: correct /etc/hosts of {socket.gethostname()}, or set MASTER_ADDR to an "
+                         "address of its network")
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.address == mine for a in addresses):
             return name
@@ -209,17 +225,16 @@ def _interface(address: str, port: int) -> str:
 def _listen(launch: Launch) -> int:
     """A listening socket on the job's own interface only, handed to the store's server."""
     address, port = launch.address, launch.port
-    if launch.nodes > 1 and socket.gethostbyname(address).startswith("127."):
-        raise UserError(f"{launch.nodes} nodes are to reach rank 0 at {address}, but that name is "
-                        f"{socket.gethostbyname(address)} here, which no other node can reach: correct /etc/hosts of "
-                        f"{socket.gethostname()}, or set MASTER_ADDR to an address of its network")
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((address, port))
         listener.listen(4096)
     except OSError as error:
-        remedy = ("submit the job anew, which gives it another port" if launch.by == "srun" else
-                  "choose another MASTER_PORT, or end the job that holds it")
-        raise UserError(f"rank 0 cannot serve the store at {address}:{port} ({error.strerror}): {remedy}") from None
+        said = f"rank 0, on {socket.gethostname()}, cannot serve the store at {address}:{port} ({error.strerror}): "
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise UserError(said + "set MASTER_ADDR to an address of that node") from None
+        if launch.by == "srun":
+            raise PassingError(said + "the job's next start takes another port") from None
+        raise UserError(said + "choose another MASTER_PORT, or end the job that holds it") from None
     return listener.detach()

@@ -1,6 +1,7 @@
 """A small real problem for the tests with real processes: 480 of scikit-learn's digits, tiny networks."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from hypothesis import settings
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ranks import run
+
+from pkd.files import one_at_a_time
 
 torch.set_num_threads(1)  # what runs in this process is small, and other workers and their ranks have the other cores
 settings.register_profile("shared machine", deadline=None)  # an example may take long where others compute, too
@@ -42,11 +45,30 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
+def once(tmp_path_factory, request) -> Callable[[str, Callable[[Path], object]], Path]:
+    """once(name, make) -> a folder that the first of all workers to ask for it fills; not to be changed."""
+    shared = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        shared = shared.parent
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        with one_at_a_time(shared / name):
+            if not (shared / name / "made").exists():
+                make(shared / name)
+                (shared / name / "made").touch()
+        return shared / name
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny(once) -> Path:
     """A recipe file: 10 classes, three levels, two students, 12 steps an epoch."""
+    return once("tiny", write_tiny) / "tiny.yaml"
+
+
+def write_tiny(folder: Path) -> None:
     from sklearn.datasets import load_digits
 
-    folder = tmp_path_factory.mktemp("tiny")
     digits = load_digits()
     images = (digits.images * 255 / 16).astype(np.uint8)
     np.savez(folder / "digits.npz", x=images[:480], y=digits.target[:480].astype(np.int64))
@@ -60,25 +82,20 @@ def tiny(tmp_path_factory) -> Path:
                      {"name": "shuffle", "model": {"name": "pkd_shuffle", "width": 0.25}, "lr": 0.1}],
         "distill": {"epochs": 2, "batch": 32}, "trace": True, "timeouts": {"start": 60, "step": 30},
     }
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return path
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
 
 
 @pytest.fixture(scope="session")
-def taught(tiny, tmp_path_factory) -> Path:
+def taught(once, tiny) -> Path:
     """A run folder whose teachers are trained; other runs read them by teachers_from."""
-    folder = tmp_path_factory.mktemp("taught") / "run"
-    run(2, "teach", tiny, "--run-folder", folder)
-    return folder
+    return once("taught", lambda folder: run(2, "teach", tiny, "--run-folder", folder / "run")) / "run"
 
 
 @pytest.fixture(scope="session")
-def finished(tiny, taught, tmp_path_factory) -> Path:
-    """A run on two ranks, teachers apart, that nothing disturbed; not to be changed."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    run(2, "distill", tiny, "--run-folder", folder, f"teachers_from={taught}", "placement.kind=dedicated")
-    return folder
+def finished(once, tiny, taught) -> Path:
+    """A run on two ranks, teachers apart, that nothing disturbed."""
+    return once("finished", lambda folder: run(2, "distill", tiny, "--run-folder", folder / "run", f"teachers_from={taught}",
+                                               "placement.kind=dedicated")) / "run"
 
 
 @pytest.fixture

@@ -4,13 +4,16 @@ A ReLU whose input is within rounding of zero turns a last-bit difference into o
 threads differs as much. Where the tests compare losses to 1e-6, the network has no such corners.
 """
 
+import errno
 import os
 import time
 import traceback
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from pkd.files import raise_passing
 from pkd.vision import torchvision
 
 
@@ -58,6 +61,18 @@ class Fading(Smooth):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         self.seen += self.training
         return super().forward(images) * (float("nan") if self.seen > 6 else 1.0)
+
+
+class Stale(Smooth):
+    """Meets a file server that is away after fifteen steps, while a test's file is there."""
+
+    seen = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen += self.training
+        if self.seen > 15 and os.path.exists(os.environ["PKD_TEST_STALE"]):
+            raise_passing(Path("far-away.png"), OSError(errno.ESTALE, os.strerror(errno.ESTALE)))
+        return super().forward(images)
 
 
 class Slow(Smooth):

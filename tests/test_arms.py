@@ -33,7 +33,7 @@ def cost_of(recipe) -> float:
 def test_students_views_and_data_are_equal_in_every_arm(changes):
     _, recipes, out = arms(*changes)
     base = load_recipe("digits", changes)
-    assert len(recipes) == 8 and set(out) == {"peers-long"}, "two teachers for 1.5 tops are what peers has"
+    assert len(recipes) == 9 and set(out) == {"peers-long"}, "two teachers for 1.5 tops are what peers has"
     for recipe in recipes.values():
         assert all(getattr(recipe, key) == getattr(base, key) for key in EQUAL)
 
@@ -42,16 +42,19 @@ def test_every_arm_asks_what_its_name_says():
     known, recipes, _ = arms()
     said = {name: constants(recipe, len(recipe.pyramid)) for name, recipe in recipes.items()}
     assert {name: own.kind for name, own in said.items()} == {
-        "alone": "alone", "top": "top", "top-t20": "top", "peers": "composed", "top-long": "top", "paper-plain": "paper",
-        "paper": "paper", "composed": "composed"}
+        "alone": "alone", "top": "top", "top-t20": "top", "top-ensemble": "top", "peers": "composed", "top-long": "top",
+        "paper-plain": "paper", "paper": "paper", "composed": "composed"}
     assert (said["top"].temperature, said["top"].weights) == (4, (1,))
     assert (said["top-t20"].temperature, said["top-t20"].weights) == (20, (0.6,))
     assert said["paper-plain"].ensemble == (0, 0) and said["paper"].ensemble == (0.2, 0.8)
-    assert {name for name, arm in known.items() if arm.control} == {"alone", "top", "top-t20", "peers", "top-long"}
+    assert said["top-ensemble"].ensemble == (0.2, 0.8), "what an ensemble loss gains is not the pyramid's"
+    assert (said["top-ensemble"].temperature, said["top-ensemble"].weights) == (20, (0.6,))
+    assert {name for name, arm in known.items() if arm.control} == {"alone", "top", "top-t20", "top-ensemble", "peers",
+                                                                    "top-long"}
 
 
 @pytest.mark.parametrize(("changes", "count"), [
-    ((), 2), (("pyramid.1.steps=2500",), 3), (("pyramid.0.steps=100", "pyramid.1.steps=50"), 2),
+    ((), 2), (("pyramid.1.steps=2500",), 3), (("pyramid.0.steps=500", "pyramid.1.steps=400"), 2),
     (("pyramid.1.model=pkd_resnet_m", "pyramid.1.teachers=1"), 2),
     (("pyramid.1.model={name: pkd_resnet_s, width: 1.3}",), 2)])
 def test_peers_cost_what_any_pyramid_costs(changes, count):
@@ -103,6 +106,31 @@ def test_the_recipes_own_constants_are_those_of_its_kind():
     _, recipes, _ = arms("objective={kind: paper, weights: [0.1, 0.2], ensemble: [0.5, 0.5]}")
     assert recipes["paper"].objective.weights == (0.1, 0.2) == recipes["paper-plain"].objective.weights
     assert recipes["paper-plain"].objective.ensemble == (0, 0)
+
+
+def test_a_control_has_the_recipes_own_constants_whichever_they_are():
+    _, recipes, _ = arms("objective={kind: composed, temperature: 20, weights: [0.6]}")
+    assert recipes["top-long"].objective.temperature == 20 == recipes["peers"].objective.temperature
+    assert "top-own" not in recipes, "top-t20 is that"
+    _, recipes, _ = arms("objective={kind: paper, temperature: 3, weights: [0.4, 0.9], ensemble: [0, 0.7]}")
+    own = recipes["top-ensemble"].objective
+    assert (own.temperature, own.weights, own.ensemble) == (3, (0.4,), (0, 0.7))
+    assert "top-ensemble" not in arms("objective={kind: paper, ensemble: [0, 0]}")[1]
+
+
+def test_peers_that_would_hardly_be_trained_are_no_control():
+    _, recipes, out = arms("distill.epochs=300", "views.finite=300")
+    assert "peers" not in recipes and "would be trained for 1 of its 600 steps" in out["peers"]
+    assert recipes["top-long"].teachers.steps > 600
+
+
+def test_a_specialist_is_not_asked_about_images_whose_label_nobody_knows():
+    recipe = load_recipe("digits", ["objective.kind=paper"])
+    top, half = (teacher_flops(recipe, level, count, SHAPE, SAMPLES, 300) for level, count in zip(recipe.pyramid, (10, 5)))
+    assert top == teacher_flops(recipe, recipe.pyramid[0], 10, SHAPE, SAMPLES)
+    one = network_cost(recipe.pyramid[1].model, 5, *SHAPE[1:]).flops
+    assert half == pytest.approx((3 * 64 * 600 + 30 * 150) * one)
+    assert pyramid_flops(recipe, SHAPE, SAMPLES, 300)[0] == pytest.approx(top + 2 * half)
 
 
 def test_arms_that_do_not_suit_the_pyramid_are_left_out_and_refused_when_asked_for():

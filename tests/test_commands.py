@@ -22,9 +22,11 @@ NETWORK = {"architecture", "library", "arguments", "width", "classes", "channels
 
 
 @pytest.fixture(scope="module")
-def evaluated(finished) -> Path:
-    run(1, "evaluate", finished)
-    return finished
+def evaluated(finished, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    shutil.copytree(finished, folder)
+    run(1, "evaluate", folder)
+    return folder
 
 
 def test_evaluate_shows_every_model_and_counts_its_readings_of_the_test_split(evaluated):

@@ -12,7 +12,8 @@ from ranks import refused, run
 from pkd.confusion import group
 
 LEVELS = ("pyramid.1={teachers: 2, partition: confusion, model: {name: pkd_resnet_s, width: 0.25}}",
-          "pyramid.2={teachers: 4, partition: confusion, slack: 0.5, model: {name: pkd_resnet_s, width: 0.25}}")
+          "pyramid.2={teachers: 4, partition: confusion, slack: 0.5, model: {name: pkd_resnet_s, width: 0.25}}",
+          "teachers.steps=10", "teachers.evaluate_every=5", "distill.epochs=1")
 
 
 @given(classes=st.integers(4, 40), count=st.integers(1, 8), slack=st.floats(0, 1), seed=st.integers(0, 2**40),
@@ -63,7 +64,7 @@ def test_teach_trains_the_top_groups_the_classes_and_trains_the_specialists(tiny
     assert json.loads((whole / "pyramid.json").read_text()) == tree
     for before, after, sentence in (("teachers: 4", "teachers: 3", "asks for 3 groups"),
                                     ("slack: 0.5", "slack: 1", "with slack 1.0")):
-        other = (LEVELS[0], LEVELS[1].replace(before, after), f"teachers_from={whole}")
+        other = (LEVELS[0], LEVELS[1].replace(before, after), *LEVELS[2:], f"teachers_from={whole}")
         said = refused(1, "distill", tiny, "--run-folder", tmp_path / after[:5], *other)
         assert sentence in said and "holds 4 of slack 0.5" in said
 

@@ -38,7 +38,7 @@ def steps(engine, first, last, rank):
         images = torch.randint(0, 256, (16, 1, 8, 8), dtype=torch.uint8, generator=generator)
         labels = torch.randint(0, 4, (16,), generator=generator)
         mine = slice(0, 9) if rank == 0 else slice(9, 16)
-        logits = engine.train_step(images[mine])
+        logits = engine.forward(images[mine])
         loss = torch.stack([torch.nn.functional.cross_entropy(own, labels[mine], reduction="sum") for own in logits])
         engine.backward(loss.sum() / 16)
         losses.append((loss / 16).tolist())

@@ -1,13 +1,18 @@
 """Damage: what is whole is used, and said."""
 
+import errno
 import json
 import os
 import shutil
+import socket
 
 import pytest
+from PIL import Image
 from ranks import LIGHT, Ranks, refused, run, students, trace
 
-from pkd.files import sha256
+from pkd.errors import PassingError, UserError
+from pkd.files import sha256, unwritable
+from pkd.images import decode
 from pkd.tensor_file import read_tensors, write_tensors
 
 
@@ -93,3 +98,56 @@ def test_a_teacher_that_diverged_is_named_by_the_rank_that_asks_it(tiny, taught,
     assert all(one.code != 0 for one in ended)
     assert ended[1].code == 2 and "teacher level1-0 answers with logits that are not finite" in ended[1].err
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
+def test_what_may_pass_is_no_mistake_of_the_users_and_the_same_command_goes_on(tiny, new_run, tmp_path):
+    """Slurm queues a job again that ends with 1, and cancels what waits for one that ends with 2."""
+    folder, teachers_from = new_run("run")
+    away = tmp_path / "away"
+    away.touch()
+    words = ("distill", tiny, "--run-folder", folder, teachers_from, "distill.epochs=4", "placement.kind=dedicated",
+             "students.0={name: mobile, model: 'own_model:Stale'}")
+    for _ in range(2):
+        ended = Ranks(2, *words, env=lambda rank: {"PKD_TEST_STALE": str(away)}).wait()
+        said = "".join(one.err for one in ended)
+        assert {one.code for one in ended} == {1} and "Traceback" not in said, ended
+        assert "far-away.png: the system answered 'Stale file handle', which often passes" in said
+        assert json.loads((folder / "state" / "distill.json").read_text())["state"] == "running"
+    away.unlink()
+    assert "resuming from" in run(2, *words, env=lambda rank: {"PKD_TEST_STALE": str(away)})[0].out
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EMFILE])
+def test_an_image_that_cannot_be_read_just_now_is_not_called_damaged(tmp_path, monkeypatch, number):
+    def away(*_):
+        raise OSError(number, os.strerror(number))
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "open", away)
+    with pytest.raises(PassingError, match="goes on from the last checkpoint"):
+        decode(tmp_path / "a.png", (8, 8), True)
+    with pytest.raises(PassingError):
+        raise unwritable(tmp_path / "a.png", OSError(number, os.strerror(number)), 0)
+
+
+def test_a_damaged_image_and_a_full_disk_are_mistakes(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="cannot be decoded"):
+        decode(tmp_path / "a.png", (8, 8), True)
+    assert "make room" in str(unwritable(tmp_path / "a.png", OSError(errno.ENOSPC, "No space left on device"), 9))
+
+
+def test_an_address_of_rank_0_that_other_nodes_cannot_reach_is_refused_at_once(tiny, new_run):
+    """Some systems' /etc/hosts says so of their own names. CROSS_SIZE: DeepSpeed's word for the number of nodes."""
+    folder, teachers_from = new_run("run")
+    ended = Ranks(2, "distill", tiny, "--run-folder", folder, teachers_from, env=lambda rank: {"CROSS_SIZE": "2"}).wait()
+    assert [one.code for one in ended] == [2, 2] and not folder.exists()
+    assert "2 nodes are to reach rank 0 at 127.0.0.1" in ended[0].err + ended[1].err
+
+
+def test_an_interface_that_is_not_there_is_named(tiny, new_run):
+    folder, teachers_from = new_run("run")
+    ended = Ranks(2, "distill", tiny, "--run-folder", folder, teachers_from,
+                  env=lambda rank: {"GLOO_SOCKET_IFNAME": "ib7"}).wait()
+    assert [one.code for one in ended] == [2, 2]
+    assert "GLOO_SOCKET_IFNAME is ib7, but the network interfaces of " + socket.gethostname() in ended[0].err + ended[1].err
+    assert not folder.exists()

@@ -124,7 +124,7 @@ def test_a_signal_before_pkd_listens_does_not_end_a_script(tmp_path, script):
     slow.chmod(0o755)
     process = subprocess.Popen(
         ["bash", REPOSITORY / "launch" / script, *(["2"] if script.endswith(".sh") else []), "recipe.yaml"], cwd=tmp_path,
-        env={**clean_environment(), "PATH": f"{slow.parent}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "4"}, text=True,
+        env={**clean_environment(), "PATH": f"{slow.parent}:{os.environ['PATH']}"}, text=True,
         stdout=subprocess.PIPE)
     assert process.stdout.readline() == "begun\n"
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -162,7 +162,7 @@ def test_a_dry_run_prints_the_commands_and_starts_nothing(tiny, tmp_path):
     assert "--array=0-4" in specialists and "--ntasks-per-node=1" in specialists and "--dependency" not in specialists
     assert "afterok:<id of teach-top>:<id of teach-specialists> --kill-on-invalid-dep=yes" in distill
     assert "afterok:<id of distill>" in evaluate and all("--partition=gpu" in line for line in (top, evaluate))
-    assert "#SBATCH --requeue" in out and "export SRUN_CPUS_PER_TASK" in out
+    assert "#SBATCH --requeue" in out and 'exec pkd launch "$@" --on srun' in out
     out = run(1, *words, "slurm", "--nodes", 8, "--ranks-per-node", 8, "--phases", "teach")[0].out
     assert "teach-specialists" in out and "pkd-distill" not in out, "too many ranks for the students are enough for teachers"
     out = run(1, *words, "torchrun", "--phases", "teach", "--teacher", "level0", env=lambda rank: {

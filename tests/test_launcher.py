@@ -24,6 +24,17 @@ def test_under_deepspeed_rank_0_serves_the_store():
     assert not read_launch(env).serves_store and read_launch({**env, "RANK": "0"}).serves_store
 
 
+@pytest.mark.parametrize(("more", "nodes"), [({}, 1), ({"GROUP_WORLD_SIZE": "3"}, 3), ({"CROSS_SIZE": "2"}, 2)])
+def test_launchers_tell_how_many_nodes_there_are(more, nodes):
+    """By which a master address that only its own node can reach is refused at once."""
+    assert read_launch({**TORCHRUN, **more}).nodes == nodes
+
+
+def test_a_single_task_needs_no_port():
+    """Of an array of them many may be on one node."""
+    assert read_launch({**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}).port == 0 < read_launch(SRUN).port
+
+
 def test_srun_is_read_from_the_step_not_the_job():
     launch = read_launch(SRUN)
     assert (launch.by, launch.rank, launch.world_size, launch.local_rank) == ("srun", 5, 8, 1)

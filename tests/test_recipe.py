@@ -123,7 +123,7 @@ def test_a_value_of_the_wrong_type_or_range_names_its_key(tmp_path, override, ke
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"students": [{"name": "a", "model": "m"}] * 2}, ["names must differ"]),
-    ({"students": [{"name": "ensemble", "model": "m"}]}, ["named ensemble"]),
+    *[({"students": [{"name": name, "model": "m"}]}, [f"named {name}"]) for name in ("ensemble", "students", "run")],
     ({"objective": {"kind": "paper", "weights": [1]}}, ["objective.weights", "2 numbers", "found 1"]),
     ({"objective": {"kind": "composed", "routes": "own"}}, ["objective.routes"]),
     ({"objective": {"kind": "top", "denominator": "batch"}}, ["objective.denominator", "paper objective only"]),

@@ -58,7 +58,10 @@ def test_the_same_seed_renders_the_same_file_and_another_seed_another(fonts, tmp
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         words = ["--to", str(tmp_path / f"{name}.npz"), "--sheet", str(tmp_path / f"{name}.png"), "--seed", seed]
         assert main([*SMALL, "--fonts", str(FONTS), *words]) == 0
-    assert main([*SMALL, "--fonts", str(FONTS), "--to", str(tmp_path / "a.npz")]) == 2, "what is there stays"
+    for words in (["--to", str(tmp_path / "a.npz")],
+                  ["--to", str(tmp_path / "new.npz"), "--sheet", str(tmp_path / "a.npz")]):
+        assert main([*SMALL, "--fonts", str(FONTS), *words]) == 2, "what is there stays"
+    assert not (tmp_path / "new.npz").exists()
     a, b, c = ((tmp_path / f"{name}.npz").read_bytes() for name in "abc")
     assert a == b != c
     images, labels, classes, test, validation, _ = read_npz(tmp_path / "a.npz")

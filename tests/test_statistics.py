@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pkd.study import statistics
 from pkd.study.statistics import crossed_bootstrap, mean_sd
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 40))
@@ -78,6 +79,14 @@ def test_five_seeds_of_ten_thousand_images_take_less_than_a_second():
     began = time.process_time()
     crossed_bootstrap(one, other)
     assert time.process_time() - began < 1
+
+
+def test_what_is_drawn_at_once_changes_nothing(monkeypatch):
+    """Of ten seeds nearly every image is of a kind of its own, too many for all resamples at once."""
+    one, other = answers(0, (10, 500), 0.8), answers(1, (10, 500), 0.5)
+    whole = crossed_bootstrap(one, other, 1000)
+    monkeypatch.setattr(statistics, "NUMBERS", 7 * 500)
+    assert crossed_bootstrap(one, other, 1000) == pytest.approx(whole, abs=1e-12)
 
 
 def test_a_single_value_has_no_deviation():

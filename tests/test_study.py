@@ -288,7 +288,7 @@ def test_an_arm_of_ones_own_without_specialists_is_a_control(tiny, tmp_path):
     study = Study(parse(["study", str(tiny), "objective.kind=composed", "--study-folder", str(tmp_path), "--seeds", "0,",
                          *given]), Console(quiet=True))
     controls = {trial.arm.name for trial in study.trials if trial.arm.control}
-    assert controls == {"alone", "top", "top-t20", "peers", "top-long", "peers-long", "two", "only"}
+    assert controls == {"alone", "top", "top-t20", "top-ensemble", "peers", "top-long", "peers-long", "two", "only"}
 
 
 def test_results_of_other_settings_are_refused(studied, tiny, tmp_path):
@@ -340,6 +340,19 @@ def test_an_arm_that_is_refused_does_not_keep_the_others_waiting(tiny, tmp_path)
     assert [path.name for path in tmp_path.glob("results/*")] == ["fine-seed-7.json"]
     found = json.loads((tmp_path / "study.json").read_text())
     assert found["missing"] == ["bad-seed-7", "bad-seed-8", "fine-seed-8"] and found["asked"] == [7, 8]
+
+
+def test_a_damaged_file_of_one_arm_does_not_keep_the_others_waiting(studied, tiny, tmp_path):
+    """And a dry run shows what the next seed lacks."""
+    shutil.copytree(studied[0], tmp_path, dirs_exist_ok=True)
+    for name in ("alone-seed-1", "top-seed-1"):
+        (tmp_path / "results" / f"{name}.json").unlink()
+    shown = run(1, *words(tiny, tmp_path), "--dry-run")[0].out
+    assert "arm alone, seed 1" in shown and "arm top, seed 1" in shown and "seed 0" not in shown
+    (tmp_path / "runs" / "alone-seed-1" / "predictions.safetensors").write_bytes(b"damaged")
+    ended = Ranks(1, *words(tiny, tmp_path)).wait()[0]
+    assert ended.code == 2 and "alone-seed-1 ended as said above" in ended.err and "predictions" in ended.err, ended
+    assert {path.name for path in tmp_path.glob("results/*-seed-1.json")} == {"top-seed-1.json"}
 
 
 def test_a_study_on_slurm_is_an_array_over_seeds_and_a_table(tiny, tmp_path):

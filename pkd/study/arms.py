@@ -27,21 +27,26 @@ class Arm:
     control: bool = False
 
 
-def pyramid_flops(recipe: Recipe, shape: Shape, samples: int) -> tuple[float, float]:
+def pyramid_flops(recipe: Recipe, shape: Shape, samples: int, labelled: int | None = None) -> tuple[float, float]:
     """What the recipe's whole pyramid costs, and its top alone; groups by confusion count as even shares. samples: training
-    images.
+    images that students see, labelled: those with a label, None for all.
     """
     costs = []
     for level in recipe.pyramid:
         counts = [len(group) for group in level.classes or ()] or [-(-shape[0] // level.teachers)] * level.teachers
-        costs.append(sum(teacher_flops(recipe, level, count, shape, samples) for count in counts))
+        costs.append(sum(teacher_flops(recipe, level, count, shape, samples, labelled) for count in counts))
     return sum(costs), costs[0]
 
 
-def teacher_flops(recipe: Recipe, level: Level, classes: int, shape: Shape, samples: int) -> float:
-    """What one teacher costs that knows so many classes: its training, and its answers about all that students see."""
+def teacher_flops(recipe: Recipe, level: Level, classes: int, shape: Shape, samples: int,
+                  labelled: int | None = None) -> float:
+    """What one teacher costs that knows so many classes: its training, and its answers about all that students see, or of
+    a specialist that is asked about its own classes only about those images whose label it knows.
+    """
     cost = network_cost(level.model, classes, *shape[1:])
-    asked = classes / shape[0] if constants(recipe, len(recipe.pyramid)).own else 1.0
+    asked = 1.0
+    if constants(recipe, len(recipe.pyramid)).own and classes < shape[0]:
+        asked = classes / shape[0] * (samples if labelled is None else labelled) / samples
     training = training_flops(cost, recipe.teachers.batch, level.steps or recipe.teachers.steps)
     return training + asked * cost.flops * answers(recipe, samples)
 
@@ -58,9 +63,12 @@ def student_flops(recipe: Recipe, shape: Shape, samples: int) -> float:
                for student in recipe.students)
 
 
-def built_in(recipe: Recipe, shape: Shape, classes: tuple[str, ...], samples: int) -> tuple[list[Arm], dict[str, str]]:
-    """The arms that every study has, and those that do not suit this recipe: name -> why."""
-    whole, top = pyramid_flops(recipe, shape, samples)
+def built_in(recipe: Recipe, shape: Shape, classes: tuple[str, ...], samples: int,
+             labelled: int | None = None) -> tuple[list[Arm], dict[str, str]]:
+    """The arms that every study has, and those that do not suit this recipe: name -> why. samples, labelled: as in
+    pyramid_flops().
+    """
+    whole, top = pyramid_flops(recipe, shape, samples, labelled)
     ratio, steps = whole / top, recipe.training(0).steps
     count = max(2, int(ratio + 0.5))
     alone = recipe.pyramid[0].model_dump(mode="json", exclude_unset=True)
@@ -79,15 +87,21 @@ def built_in(recipe: Recipe, shape: Shape, classes: tuple[str, ...], samples: in
     soft, paper_20 = ({"kind": "top", "temperature": t, "weights": [weight]} for t, weight in ((4, 1), (20, 0.6)))
     # What the recipe's own constants gain is not the pyramid's: a single teacher has them, too.
     like = composed | {"kind": "top"}
-    mine, known = _constants(recipe, like), [_constants(recipe, own) for own in (labels, soft, paper_20)]
-    best = soft if mine in known else like
+    its_paper = _constants(recipe, paper)  # nor is what an ensemble loss gains
+    joint = {"kind": "top", "temperature": its_paper.temperature, "weights": its_paper.weights[:1],
+             "ensemble": its_paper.ensemble}
+    mine, known = _constants(recipe, like), [_constants(recipe, own) for own in (labels, soft, paper_20, joint)]
+    best = soft if mine == known[1] else like
     its = "temperature 4, weight 1" if best == soft else "the recipe's own constants"
+    jointly = f"temperature {its_paper.temperature:g}, weight {its_paper.weights[0]:g}, with paper's ensemble loss"
     theirs = "the paper's objective" if len(paper) == 1 else "the paper's objective, the recipe's own constants"
     arms = [
         Arm("alone", "labels only", (only, _as("objective", labels)), True),
         Arm("top", "the top teacher, temperature 4, weight 1", (only, _as("objective", soft)), True),
         Arm("top-t20", "the top teacher, temperature 20, weight 0.6", (only, _as("objective", paper_20)), True),
-        *[Arm("top-own", f"the top teacher, {its}", (only, _as("objective", like)), True)] * (best == like),
+        *[Arm("top-ensemble", f"the top teacher, {jointly}",
+              (only, _as("objective", joint)), True)] * any(its_paper.ensemble),
+        *[Arm("top-own", f"the top teacher, {its}", (only, _as("objective", like)), True)] * (mine not in known),
         Arm("peers", f"the mean of {count} teachers that know every class, each trained {each / steps:.2f} times as long",
             (_as("pyramid", [free] * count), f"teachers.steps={each}", _as("objective", composed)), True),
         Arm("top-long", f"one top teacher, trained {long / steps:.1f} times as long, {its}",
@@ -101,7 +115,7 @@ def built_in(recipe: Recipe, shape: Shape, classes: tuple[str, ...], samples: in
     ]
     if recipe.objective.kind in ("alone", "top") and constants(recipe, len(recipe.pyramid)) not in known:
         arms.append(Arm("recipe", "the recipe as it is", ()))
-    out = _unsuitable(recipe, classes, ratio, count)
+    out = _unsuitable(recipe, classes, ratio, count, {"peers": each, "peers-long": half})
     return [arm for arm in arms if arm.name not in out], out
 
 
@@ -109,8 +123,14 @@ def _constants(recipe: Recipe, objective: dict) -> Constants:
     return constants(recipe.model_copy(update={"objective": Objective(**objective)}), len(recipe.pyramid))
 
 
-def _unsuitable(recipe: Recipe, classes: tuple[str, ...], ratio: float, count: int) -> dict[str, str]:
-    out = {}
+def _unsuitable(recipe: Recipe, classes: tuple[str, ...], ratio: float, count: int,
+                bought: dict[str, int]) -> dict[str, str]:
+    """count: peers; bought: arm -> steps of each of its teachers."""
+    out, steps = {}, recipe.training(0).steps
+    for name, its in bought.items():
+        if 2 * its < steps:
+            out[name] = (f"the pyramid costs {ratio:.2f} times its top, much of it for answers: several of the top's kind "
+                         f"would be trained for {its} of its {steps} steps each")
     if ratio < LONGER:
         out["peers"] = f"the pyramid costs {ratio:.2f} times its top, which buys no second teacher"
         out["top-long"] = f"the pyramid costs {ratio:.2f} times its top, which buys no longer training"

@@ -6,6 +6,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 from pkd import slurm_chain
 from pkd.console import Console
@@ -74,8 +75,8 @@ class Study:
         quick = self.base.data.model_copy(update={"cache_gib": 0.0})  # no image is looked at here
         self.data: DataSet = load_data(quick)
         self.shape = (len(self.data.classes), self.data.channels, self.data.size)
-        self.samples = len(self.data.students_see)
-        known, self.left_out = built_in(self.base, self.shape, self.data.classes, self.samples)
+        self.samples = len(self.data.students_see), len(self.data.splits["train"])
+        known, self.left_out = built_in(self.base, self.shape, self.data.classes, *self.samples)
         wanted = arguments.arms.split(",") if arguments.arms else None
         self.arms = choose(known, self.left_out, [own_arm(text) for text in arguments.arm], wanted)
         self.trials = [self._trial(arm, seed) for seed in self.seeds for arm in self.arms]
@@ -87,7 +88,10 @@ class Study:
                 refuse_other(self.folder, found, self._trial(mine[found["arm"]], found["seed"]).recipe)
         unfinished = {trial.arm.name: trial for trial in self.trials if not self.is_done(trial)}
         for trial in unfinished.values() if not arguments.table else ():
-            check_plan(trial.recipe, self.ranks, here=not self.way.startswith(("slurm", "srun")))
+            check_plan(trial.recipe, self.ranks, not self.way.startswith(("slurm", "srun")), self.data)
+        # Pixels are for the processes that are started.
+        sizes = SimpleNamespace(channels=self.data.channels, size=self.data.size)
+        self.data = replace(self.data, images=sizes)
 
     def _trial(self, arm: Arm, seed: int) -> Trial:
         # What an arm sets as a whole may have fewer parts than a word of the user's names, such as pyramid.1.teachers.
@@ -120,7 +124,10 @@ class Study:
         elif self.arguments.only_seed is not None:
             wanted = [self.arguments.only_seed]
         elif self.arguments.dry_run:
-            wanted = self.seeds[:1]  # the others are alike
+            left = [trial.recipe.seed for trial in self.trials if not self.is_done(trial)]
+            wanted = left[:1]
+            if len(set(left)) > 1:
+                self.console.say(f"what seed {left[0]} lacks is shown; {len(set(left)) - 1} more lack something, too")
         ended: dict[str, int] = {}  # name -> exit code of what did not come to its end
         if not (self.arguments.dry_run or self.results()):
             self.aggregate()  # so that pkd report has something to say from the beginning
@@ -131,7 +138,11 @@ class Study:
                 if self.is_done(trial):  # by whoever had the lock before
                     continue
                 self.console.say(f"arm {trial.arm.name}, seed {seed}: {trial.arm.title}")
-                code = self._run(trial)
+                try:
+                    code = self._run(trial)
+                except UserError as error:
+                    self.console.error(f"pkd: {error}")
+                    code = REFUSED
                 if code == REFUSED or (code and not self.way.startswith("srun")):
                     ended[trial.name] = code  # it would end so again; the other arms need not wait for its mending
                     continue
@@ -147,7 +158,9 @@ class Study:
         return max(ended.values(), default=0)
 
     def _run(self, trial: Trial) -> int | None:
-        """One arm with one seed, from its teachers to its result; an exit code where it did not come to its end."""
+        """One arm with one seed, from its teachers to its result; an exit code where it did not come to its end. Raises
+        UserError.
+        """
         began, dry = time.time(), self.arguments.dry_run
         orders = self._orders(trial)
         if not dry:
@@ -156,11 +169,7 @@ class Study:
             if dry and order.run in self.shown:
                 continue
             self.shown.add(order.run)
-            try:
-                RunFolder(order.run).check(order.recipe)  # else what is there would count as done
-            except UserError as error:
-                self.console.error(f"pkd: {error}")
-                return REFUSED
+            RunFolder(order.run).check(order.recipe)  # else what is there would count as done
             if "teach" in order.phases and not dry:
                 copied = hand_on(order.run, order.recipe, self.data)
                 if copied:
@@ -207,7 +216,7 @@ class Study:
         """Write study.json anew from all results."""
         results = self.results()
         found = aggregate(self.base.name, results, [arm.name for arm in self.arms], self.seeds,
-                          pyramid_flops(self.base, self.shape, self.samples)[0], len(self.data.classes),
+                          pyramid_flops(self.base, self.shape, *self.samples)[0], len(self.data.classes),
                           all_readings(self.folder, results))
         write_json(self.folder / "study.json", found)
         return found

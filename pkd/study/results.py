@@ -35,7 +35,8 @@ def make_result(run: Path, study: dict, arm: Arm, recipe: Recipe, data: DataSet,
     for name, teacher in summary["teachers"].items():
         teachers[name] = {"level": teacher["level"], "accuracy": teacher["accuracy"], "classes": len(teacher["classes"]),
                           "parameters": teacher["parameters"]}
-        flops += teacher_flops(recipe, recipe.pyramid[teacher["level"]], len(teacher["classes"]), shape, samples)
+        flops += teacher_flops(recipe, recipe.pyramid[teacher["level"]], len(teacher["classes"]), shape, samples,
+                               len(data.splits["train"]))
     networks = {**summary["students"], "ensemble": summary["ensemble"]}
     asked = identity(recipe)
     return {

@@ -3,6 +3,7 @@
 import numpy as np
 
 RESAMPLES = 2000
+NUMBERS = 2**22  # drawn at once
 
 
 def mean_sd(values: list[float]) -> tuple[float, float | None]:
@@ -27,11 +28,13 @@ def crossed_bootstrap(one: np.ndarray, other: np.ndarray, resamples: int = RESAM
     chance = np.random.default_rng(seed)
     # Images that differ in the same seeds in the same way are one kind: drawing images is drawing counts of kinds.
     kinds, counts = np.unique(gap, axis=1, return_counts=True)
-    drawn = chance.multinomial(images, counts / images, size=resamples) / images  # [resamples, kinds]
+    block = max(1, NUMBERS // len(counts))
+    drawn = [chance.multinomial(images, counts / images, size=min(block, resamples - begin)) / images @ kinds.T
+             for begin in range(0, resamples, block)]  # [resamples, seeds] together
     weight = np.ones((1, 1))
     if seeds > 1:
         pull = chance.standard_normal((resamples, seeds)) / np.sqrt(chance.chisquare(seeds - 1, (resamples, 1)))
         weight = 1 / seeds + (pull - pull.mean(1, keepdims=True)) / np.sqrt(seeds)
-    means = ((drawn @ kinds.T) * weight).sum(1)
+    means = (np.concatenate(drawn) * weight).sum(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(gap.mean()), float(low), float(high)

@@ -125,7 +125,7 @@ def rank(index: int, port: int, kind: str, ask: argparse.Namespace, out) -> None
 
     def post(step):
         exchange.fill(step // 8, step % 8, 8)
-        exchange.send(step % 8)
+        exchange.transfer(step % 8)
 
     def one(step):
         nonlocal crc

@@ -86,8 +86,8 @@ def worker(rank: int, ranks: int, port: int, folder: str) -> None:
                         False)
         images = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
         for _ in range(accumulation):
-            engine.backward(engine.train_step(images).square().mean())
-        engine.ds.backward(engine.train_step(images).square().mean())
+            engine.backward(engine.forward(images).square().mean())
+        engine.ds.backward(engine.forward(images).square().mean())
         copies = storages(tensor for copy in engine.copies.values() for tensor in copy.state_dict().values())
         found[name_of(config, accumulation)] = {"count": count, **parts(engine), "copies": copies}
         engine.ds.step()

@@ -71,11 +71,13 @@ PartitionName=high PriorityTier=10 PreemptMode=OFF
 
 
 def slurm_conf(folder: Path, scratch: Path, addresses: dict[str, str], cpus: int, gpus: int) -> tuple[str, str]:
-    """The texts of slurm.conf and gres.conf: the first half of the nodes has h100, the second a100."""
+    """The texts of slurm.conf and gres.conf: the first half of the nodes has a100, the second h100, so that the first
+    component of slurm-het.sbatch is not on the nodes whose names come first.
+    """
     control, *nodes = addresses.values()
     lines, gres = [], []
     for number, name in enumerate(list(addresses)[1:]):
-        kind = "h100" if number < (len(nodes) + 1) // 2 else "a100"
+        kind = "a100" if number < (len(nodes) + 1) // 2 else "h100"
         lines.append(f"NodeName={name} NodeAddr={nodes[number]} CPUs={cpus} Sockets=1 CoresPerSocket={cpus} "
                      f"ThreadsPerCore=1 RealMemory=64000 Feature={kind} State=UNKNOWN"
                      + (f" Gres=gpu:{kind}:{gpus}" if gpus else ""))
