@@ -46,10 +46,11 @@ class World:
             store = getattr(self, "_local", None) or dist.HashStore()
             self._local = store
             return dist.PrefixStore(f"pkd/{launch.attempt}", store)
+        mine = _own_address(launch)
         if "GLOO_SOCKET_IFNAME" in os.environ:
             _check_interfaces(os.environ["GLOO_SOCKET_IFNAME"])
         else:
-            os.environ["GLOO_SOCKET_IFNAME"] = _interface(launch)
+            os.environ["GLOO_SOCKET_IFNAME"] = _interface(mine, launch.address)
         serve = launch.serves_store and not hasattr(self, "store")
         listener = _listen(launch) if serve else None
         try:
@@ -203,8 +204,8 @@ def _check_interfaces(wanted: str) -> None:
                              f"{', '.join(there)}: name one that all nodes have, or unset it")
 
 
-def _interface(launch: Launch) -> str:
-    """Name of the network interface that reaches rank 0."""
+def _own_address(launch: Launch) -> str:
+    """This node's address on the network that reaches rank 0."""
     address = launch.address
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -216,6 +217,11 @@ def _interface(launch: Launch) -> str:
         raise LocalError(f"{launch.nodes} nodes are to reach rank 0 at {address}, but that name is {there} here, which no "
                          f"other node can reach: correct /etc/hosts of {socket.gethostname()}, or set MASTER_ADDR to an "
                          "address of its network")
+    return mine
+
+
+def _interface(mine: str, address: str) -> str:
+    """Name of the network interface that has the address `mine`."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.address == mine for a in addresses):
             return name

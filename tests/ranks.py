@@ -17,7 +17,7 @@ from pathlib import Path
 from fork_server import Forked
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")
 
 
 def clean_environment() -> dict[str, str]:

@@ -136,10 +136,12 @@ def test_a_damaged_image_and_a_full_disk_are_mistakes(tmp_path):
     assert "make room" in str(unwritable(tmp_path / "a.png", OSError(errno.ENOSPC, "No space left on device"), 9))
 
 
-def test_an_address_of_rank_0_that_other_nodes_cannot_reach_is_refused_at_once(tiny, new_run):
+@pytest.mark.parametrize("interface", [{}, {"GLOO_SOCKET_IFNAME": "lo"}], ids=["found", "given"])
+def test_an_address_of_rank_0_that_other_nodes_cannot_reach_is_refused_at_once(interface, tiny, new_run):
     """Some systems' /etc/hosts says so of their own names. CROSS_SIZE: DeepSpeed's word for the number of nodes."""
     folder, teachers_from = new_run("run")
-    ended = Ranks(2, "distill", tiny, "--run-folder", folder, teachers_from, env=lambda rank: {"CROSS_SIZE": "2"}).wait()
+    ended = Ranks(2, "distill", tiny, "--run-folder", folder, teachers_from,
+                  env=lambda rank: {"CROSS_SIZE": "2", **interface}).wait()
     assert [one.code for one in ended] == [2, 2] and not folder.exists()
     assert "2 nodes are to reach rank 0 at 127.0.0.1" in ended[0].err + ended[1].err
 
