@@ -33,18 +33,26 @@ def open_classifier(path: Path, student: str | None, trust_code: bool = False) -
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: give a run folder, or what pkd export wrote")
+    if path.stem == WEIGHTS and (path.parent / f"{CONFIG}.json").exists():
+        path = path.parent  # the hub's name for its weights
     files = sorted(path.glob("*.onnx")) if path.is_dir() else [path]
+    written = [path.with_name(path.stem + ending) for ending in (".json", ".safetensors")]
     if (path / "run.json").exists():
         students = finished_students(RunFolder(path), smoke=True)
     elif (path / f"{LIST}.json").exists():
         students = [_exported(path / name, None, trust_code) for name in _listed(path / f"{LIST}.json")]
     elif (path / f"{CONFIG}.json").exists():
         students = _of_hub(path, trust_code)
-    elif len(files) == 1:
+    elif path in written and all(file.is_file() for file in written):
+        students = [_exported(path.with_suffix(""), None, trust_code)]
+    elif len(files) == 1 and files[0].suffix == ".onnx":
         return _of_onnx(files[0], student)
+    elif path.is_file():
+        raise UserError(f"{path} is no .onnx file, nor are {written[0].name} and {written[1].name} both there: give a run "
+                        "folder, or what pkd export wrote")
     else:
         raise UserError(f"{path} is neither a run folder nor what pkd export wrote: it holds no run.json, {LIST}.json or "
-                        f"{CONFIG}.json, and {len(files)} .onnx files")
+                        f"{CONFIG}.json, and {len(files)} .onnx files, of which one may be named")
     return _of_networks([chosen(students, student)] if student is not None else students)
 
 

@@ -105,7 +105,8 @@ def parser() -> argparse.ArgumentParser:
             own.add_argument("--only-seed", type=_whole, metavar="K", help="work on this one of --seeds: for several "
                              "processes of one study, each on a seed")
             own.add_argument("--arms", metavar="A,B", help="some of alone, top, top-t20, top-ensemble, top-own, peers, "
-                             "top-long, peers-long, paper-plain, paper, composed, recipe (default: all that suit it)")
+                             "top-long, long-ensemble, peers-long, paper-plain, paper, composed, recipe (default: all that "
+                             "suit it)")
             own.add_argument("--arm", action="append", default=[], metavar='NAME="key=value ..."',
                              help="an arm of your own: the recipe with these changes")
             own.add_argument("--study-folder", type=Path, help="default: studies/<name of the recipe>")

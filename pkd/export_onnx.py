@@ -56,16 +56,16 @@ def export_onnx(run: RunFolder, students: list[tuple[Network, dict]], folder: Pa
                         "them one by one with --student, or with --format safetensors")
     whole = _Mean(Ensemble({facts["name"]: network for network, facts in students})).eval()
     first = students[0][1]
-    content = _file(whole, first, _metadata(students))
-    images = _validation_images(run, first, console)
+    images, which = _validation_images(run, first, console)
+    content = _file(whole, first, _metadata(students, f"{len(images)} {which}"))
     error, largest = _difference(content, whole, images)
     if not error <= LIMIT:
         raise UserError(f"the ONNX file's logits differ from the original's by up to {error:.1e} (of {largest:.1f}) "
-                        f"on {len(images)} images, but at most {LIMIT:g} is right: use --format safetensors")
+                        f"on {len(images)} {which}, but at most {LIMIT:g} is right: use --format safetensors")
     name = first["name"] if len(students) == 1 else "ensemble"
     write_bytes(folder / f"{name}.onnx", content)
     console.say(f"{name}.onnx: logits by onnxruntime differ from the original's by {error:.1e} at most (logits up to "
-                f"{largest:.1f}) on {len(images)} images")
+                f"{largest:.1f}) on {len(images)} {which}")
 
 
 def need(*packages: str) -> None:
@@ -89,13 +89,14 @@ def session(content: bytes, where: Path):
         raise UserError(f"{where} cannot be read as ONNX ({str(error).splitlines()[0]}): export it again") from None
 
 
-def _metadata(students: list[tuple[Network, dict]]) -> dict[str, str]:
-    """All values are JSON."""
+def _metadata(students: list[tuple[Network, dict]], checked: str) -> dict[str, str]:
+    """All values are JSON. checked: on which images the file is compared with the original."""
     first = students[0][1]
     networks = {facts["name"]: {key: facts[key] for key in ("architecture", "input_channels", "input_size", "mean", "std")}
                 for _, facts in students}
     tree = {"classes": first["classes"], "channels": first["channels"], "view_size": first["view_size"],
-            "preprocessing": PREPROCESSING, "students": networks}
+            "preprocessing": PREPROCESSING, "students": networks,
+            "checked": f"against the original to {LIMIT:g} on {checked}"}
     return {key: json.dumps(value, ensure_ascii=False) for key, value in tree.items()}
 
 
@@ -118,18 +119,19 @@ def _file(whole: nn.Module, facts: dict, metadata: dict[str, str]) -> bytes:
     return program.model_proto.SerializeToString()
 
 
-def _validation_images(run: RunFolder, facts: dict, console: Console) -> torch.Tensor:
-    """uint8 [at most CHECKED, channels, *view_size], spread over the validation split."""
+def _validation_images(run: RunFolder, facts: dict, console: Console) -> tuple[torch.Tensor, str]:
+    """uint8 [at most CHECKED, channels, *view_size], spread over the validation split, and what they are."""
     shape = (facts["channels"], *facts["view_size"])
     try:
         data = load_data(recipe_of(run, ["data.cache_gib=0", "data.download=false"]).data)
         if (data.channels, *data.size) != shape:
             raise UserError(f"its images are {(data.channels, *data.size)} and were {shape}")
         ids = data.splits["validation"]
-        return data.images[ids[torch.linspace(0, len(ids) - 1, min(CHECKED, len(ids))).long()]]
+        return data.images[ids[torch.linspace(0, len(ids) - 1, min(CHECKED, len(ids))).long()]], "validation images"
     except UserError as error:
         console.say(f"the run's data cannot be read here ({error}): the ONNX file is checked on random images")
-        return torch.randint(256, (CHECKED, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        noise = torch.randint(256, (CHECKED, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        return noise, "random images"
 
 
 def _difference(content: bytes, whole: nn.Module, images: torch.Tensor) -> tuple[float, float]:

@@ -47,23 +47,20 @@ def model_card(recipe: Recipe, summary: dict, students: list[dict], study: dict 
         "library_name": "pkd", "pipeline_tag": "image-classification",
         "tags": ["image-classification", "knowledge-distillation", *sorted({own["architecture"] for own in students})],
         "metrics": ["accuracy"],
-        "model-index": [{"name": f"{recipe.name}-{name}", "results": [{
+    }
+    if summary["complete"]:  # else figures that programs read would be those of a smoke run
+        front["model-index"] = [{"name": f"{recipe.name}-{name}", "results": [{
             "task": {"type": "image-classification"},
             "dataset": {"name": recipe.data.name, "type": recipe.data.name, "split": "test"},
             "metrics": [{"type": "accuracy", "value": figures["accuracy"], "name": "Accuracy"},
                         {"type": "loss", "value": figures["loss"], "name": "Cross-entropy"},
-                        {"type": "ece", "value": figures["calibration_error"], "name": "Expected calibration error"}]}]}],
-    }
+                        {"type": "ece", "value": figures["calibration_error"], "name": "Expected calibration error"}]}]}]
     what = f"student {name}" if alone else f"ensemble of {len(students)} students"
-    levels = {own["level"] for own in summary["teachers"].values()}
-    source = "trained by pkd from labels only" if not levels else \
-        "distilled by pkd from one teacher that knows every class" if len(summary["teachers"]) == 1 else \
-        "distilled by pkd from a pyramid of teachers, one at the top that knows every class and others below it"
     parts = [
         "---", "# license: yours to choose; mind the licences of the data and of pretrained weights",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", "",
         f"# {recipe.name}: {what}", "",
-        f"Image classification with {len(students[0]['classes'])} classes; {source}.", "",
+        f"Image classification with {len(students[0]['classes'])} classes; {_source(summary, students[0])}.", "",
         "## Data", "", *_data(recipe, students[0], summary), "",
         "## Training", "", *_training(recipe, summary), "",
         "## Figures", "", *_figures(summary), "",
@@ -73,9 +70,25 @@ def model_card(recipe: Recipe, summary: dict, students: list[dict], study: dict 
     return "\n".join(parts) + "\n"
 
 
+def _source(summary: dict, facts: dict) -> str:
+    teachers = summary["teachers"].values()
+    every = sum(len(own["classes"]) == len(facts["classes"]) for own in teachers)
+    if not teachers:
+        return "trained by pkd from labels only"
+    if every < len(teachers):
+        return "distilled by pkd from a pyramid of teachers, one at the top that knows every class and specialists below it"
+    return f"distilled by pkd from {'one teacher' if every == 1 else f'{every} teachers, each of'} " \
+           f"{'that' if every == 1 else 'which'} knows every class"
+
+
+def _plain(text: str) -> str:
+    """As text in Markdown, in a cell of a table, too."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", " ".join(text.split()))
+
+
 def _data(recipe: Recipe, facts: dict, summary: dict) -> list[str]:
     height, width = facts["view_size"]
-    classes = [re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", " ".join(name.split())) for name in facts["classes"]]
+    classes = [_plain(name) for name in facts["classes"]]
     more = f" and {len(classes) - LISTED} more" if len(classes) > LISTED else ""
     counts = summary.get("images", {})  # which earlier versions did not write down
     trained = f"; {counts['train']} images for training" if counts else ""
@@ -127,7 +140,7 @@ def _study(study: dict, arm: str | None) -> list[str]:
              + (f"These students are made as in the arm `{arm}`." if arm else "No result there is of students like these."),
              "",
              "| arm | what it is | seeds | teachers' cost | accuracy % |", "|---|---|---|---|---|"]
-    lines += [f"| {name} | {own['title']} | {', '.join(map(str, own['seeds']))} | "
+    lines += [f"| {name} | {_plain(own['title'])} | {', '.join(map(str, own['seeds']))} | "
               f"{own['teacher_flops'] / study['pyramid_flops']:.2f} | {spread(own['networks'][ENSEMBLE]['accuracy'])} |"
               for name, own in study["arms"].items()]
     for one in study["differences"]:

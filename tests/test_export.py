@@ -26,8 +26,8 @@ from pkd.errors import UserError
 from pkd.export_hub import _preprocessing
 from pkd.export_onnx import export_onnx, need
 from pkd.files import new_folder, write_json
-from pkd.model_card import IMAGE, SNIPPET, _data
-from pkd.models import build
+from pkd.model_card import IMAGE, SNIPPET, _data, _source
+from pkd.models import build, description
 from pkd.recipe import Model
 from pkd.recipe_file import load_recipe
 from pkd.run_folder import RunFolder
@@ -60,7 +60,7 @@ def exports(evaluated) -> dict[str, Path]:
     for form in ("safetensors", "onnx", "hub"):
         paths[form], paths[f"{form}-shuffle"] = (evaluated.parent / name for name in (form, f"{form}-shuffle"))
         said = run(1, "export", evaluated, "--to", paths[form], "--format", form, timeout=240)[0].out
-        assert "2 student(s)" in said and (form != "onnx" or ("on 41 images" in said and "random" not in said)), said
+        assert "2 student(s)" in said and (form != "onnx" or "on 41 validation images" in said), said
         run(1, "export", evaluated, "--to", paths[f"{form}-shuffle"], "--format", form, "--student", "shuffle", timeout=240)
     return paths
 
@@ -91,6 +91,9 @@ def test_every_format_predicts_what_the_run_predicts(exports, digits, student):
     places = [exports[form] for form in ("safetensors", "hub")]
     places += [exports["onnx"], exports["onnx"] / "ensemble.onnx"] if student is None else \
         [exports[f"{form}-shuffle"] for form in ("safetensors", "onnx", "hub")]
+    if student:
+        places += [exports["safetensors"] / f"{student}{ending}" for ending in (".safetensors", ".json")]
+        places.append(exports[f"hub-{student}"] / "model.safetensors")
     for place in places:
         found = open_classifier(place, student)
         assert found.classes == [str(digit) for digit in range(10)]
@@ -110,8 +113,36 @@ def test_an_onnx_file_takes_uint8_batches_of_any_size_and_tells_its_classes_and_
                                    atol=1e-4)
     said = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
     assert said["classes"] == [str(digit) for digit in range(10)] and list(said["students"]) == ["mobile", "shuffle"]
+    assert said["checked"] == "against the original to 0.0001 on 41 validation images"
     assert said["students"]["mobile"]["mean"] == [0.5] and said["preprocessing"].startswith("inside the graph: uint8")
     assert str(REPOSITORY).encode() not in (exports["onnx"] / "ensemble.onnx").read_bytes()
+
+
+def test_an_onnx_file_resizes_repeats_grey_and_normalises_as_the_network_does(tmp_path):
+    """One of torchvision's networks, which takes larger images than there are, and in colour."""
+    model = Model(name="squeezenet1_1", input_size=40, mean=(0.2, 0.3, 0.4), std=(0.9, 0.5, 0.7))
+    torch.manual_seed(0)
+    network = build(model, 4, 1, (12, 17)).eval()
+    facts = {"name": "wide", **description(model, tuple("abcd"), 1, (12, 17), network)}
+    export_onnx(RunFolder(tmp_path), [(network, facts)], tmp_path, Console(quiet=True))
+    found = open_classifier(tmp_path, None)
+    assert (found.channels, found.view_size) == (1, (12, 17)) and network.channels == 3
+    for count in (1, 5):
+        images = torch.randint(256, (count, 1, 12, 17), dtype=torch.uint8)
+        with torch.inference_mode():
+            wanted = network(images)
+        assert wanted.std() > 0.01, "no difference would show"
+        torch.testing.assert_close(found.logits(images), wanted, rtol=0, atol=1e-4)
+
+
+def test_a_card_says_what_the_students_were_distilled_from():
+    def source(*classes: int) -> str:
+        teachers = {str(index): {"classes": ["x"] * count} for index, count in enumerate(classes)}
+        return _source({"teachers": teachers}, {"classes": ["x"] * 4})
+    assert source() == "trained by pkd from labels only"
+    assert source(4) == "distilled by pkd from one teacher that knows every class"
+    assert source(4, 4, 4) == "distilled by pkd from 3 teachers, each of which knows every class"
+    assert "a pyramid of teachers" in source(4, 2, 2)
 
 
 def test_class_names_are_text_in_a_card_and_a_view_that_is_not_square_is_left_to_the_reader():
@@ -132,6 +163,7 @@ def test_a_card_states_the_arms_of_a_study_where_there_is_one(evaluated, tmp_pat
     mine = json.loads((evaluated / "run.json").read_text())["recipe"]
     fingerprint = json.loads((evaluated / "students" / "students.json").read_text())["fingerprint"]
     found |= {"study": {**mine, "seed": 0, "objective": {"kind": "top"}}, "fingerprint": fingerprint}
+    found["arms"]["composed"]["title"] = 'own: classes=[["a|b", "<img src=x>"]]'
     write_json(tmp_path / "study" / "study.json", {**found, "recipe": "tiny"})
     write_json(tmp_path / "data" / "study.json", {**found, "recipe": "tiny", "fingerprint": "another"})
     longer = {**mine, "distill": {**mine["distill"], "epochs": 99}}
@@ -141,7 +173,8 @@ def test_a_card_states_the_arms_of_a_study_where_there_is_one(evaluated, tmp_pat
     run(1, "export", evaluated, "--to", tmp_path / "hub", "--format", "hub", "--study", tmp_path / "study")
     text = huggingface_hub.ModelCard.load(tmp_path / "hub" / "README.md").text
     assert "made as in the arm `mine-4`" in text and "read 4 times in all" in text
-    assert "| composed | composed | 0, 1 | 1.00 | " in text and "composed against top, the best control" in text
+    assert r'| composed | own: classes=\[\["a\|b", "\<img src=x\>"\]\] | 0, 1 | 1.00 | ' in text
+    assert "composed against top, the best control" in text
     assert "no study.json" in refused(1, "export", evaluated, "--to", tmp_path / "b", "--format", "hub", "--study", tmp_path)
     assert "is of recipe made-up" in refused(1, "export", evaluated, "--to", tmp_path / "b", "--format", "hub", "--study",
                                              tmp_path / "other")
@@ -201,6 +234,8 @@ def test_the_readmes_snippet_loads_students_and_ensemble_into_plain_torchvision(
     run(1, "predict", folder, tmp_path / IMAGE, "--csv", tmp_path / "said.csv")
     run(1, "predict", folder, tmp_path / IMAGE, "--student", "mobile", "--csv", tmp_path / "mobile.csv")
     wanted, alone = (rows_of(tmp_path / name)[0] for name in ("said.csv", "mobile.csv"))
+    card = huggingface_hub.ModelCard.load(tmp_path / "hub" / "README.md")
+    assert card.data.eval_results is None and "A smoke run" in card.text, "nor may programs take its figures for results"
     shutil.copy(tmp_path / IMAGE, tmp_path / "hub" / "image.png")
     for place, readme in ((tmp_path, REPOSITORY / "README.md"), (tmp_path / "hub", tmp_path / "hub" / "README.md")):
         code = readme_snippet(readme)
@@ -255,6 +290,8 @@ def test_what_is_no_export_is_refused_unread(exports, pictures, tmp_path):
     image = pictures / "3" / "03.png"
     assert "neither a run folder" in refused(1, "predict", pictures, image)
     assert "does not exist" in refused(1, "predict", tmp_path / "nothing", image)
+    shutil.copy(exports["safetensors"] / "mobile.safetensors", tmp_path)
+    assert "mobile.json and mobile.safetensors both there" in refused(1, "predict", tmp_path / "mobile.safetensors", image)
     assert "one network of mobile, shuffle" in refused(1, "predict", exports["onnx"], image, "--student", "shuffle")
     (tmp_path / "trap.onnx").write_bytes(pickle.dumps({}))
     assert "cannot be read as ONNX" in refused(1, "predict", tmp_path / "trap.onnx", image)

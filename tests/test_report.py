@@ -182,6 +182,18 @@ def test_a_study_says_who_wins_and_by_how_much(tmp_path):
         report(tmp_path, None, quiet)
 
 
+def test_plots_that_the_new_report_has_not_go_with_the_old_one(tmp_path):
+    """They may be of other students."""
+    write_json(tmp_path / "study.json", a_study())
+    page = report(tmp_path, None, quiet)
+    plots = {path.name for path in (tmp_path / "report").iterdir()}
+    page.write_bytes(page.read_bytes().replace(b'name="plots" content="', b'name="plots" content="confusion '))
+    for name in ("confusion.png", "mine.png"):
+        (tmp_path / "report" / name).write_bytes(b"")
+    report(tmp_path, None, quiet)
+    assert {path.name for path in (tmp_path / "report").iterdir()} == plots | {"mine.png"}
+
+
 def test_nothing_but_an_earlier_report_is_replaced(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="neither a run"):
         report(tmp_path, None, quiet)
@@ -229,23 +241,40 @@ def pages(hostile) -> dict[str, tuple[str, int]]:
     return {"run": ("report.html", 4200), "study": ("study/report.html", 2800)}
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium: apt-get install chromium to see the page in a real browser")
-@pytest.mark.parametrize("what", ["run", "study"])
-def test_a_real_browser_shows_the_page_and_asks_for_nothing_else(what, served, pages, tmp_path):
-    (origin, asked), shot, log = served, tmp_path / "page.png", tmp_path / "net.json"
-    page, height = pages[what]
+def browse(address: str, folder: Path, *options: str) -> tuple[str, list[str]]:
+    """What a browser says of a page, and the addresses from which the page loads something else."""
+    log, origin = folder / "net.json", address.rpartition("/")[0].replace("/study", "")
     ended = subprocess.run(
         [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-         f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", f"--log-net-log={log}",
-         f"--window-size=1200,{height}", f"--screenshot={shot}", f"{origin}/{page}"],
+         f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", f"--log-net-log={log}", *options, address],
         capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0 and shot.exists(), ended.stderr[-2000:]
-    assert "CONSOLE" not in ended.stderr, ended.stderr[-2000:]
-    assert asked == [f"/{page}"]
+    assert ended.returncode == 0, ended.stderr[-2000:]
     own = [line for line in log.read_text().splitlines() if f'"initiator":"{origin}"' in line]  # else the browser's own
-    assert '"initiator":' in log.read_text(), "it says who asked for what"
-    assert not re.findall(r'"url":"(?!data:)[^"]*"', "".join(own))
+    return ended.stderr, re.findall(r'"url":"(?!data:)([^"]*)"', "".join(own))
+
+
+in_a_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium: apt-get install chromium to see the page in a real "
+                                  "browser")
+
+
+@in_a_browser
+def test_the_browser_would_tell_what_a_page_loads(served, hostile, tmp_path):
+    origin, asked = served
+    elsewhere = origin.replace("127.0.0.1", "localhost") + "/elsewhere.png"
+    (hostile.parent / "loads.html").write_text(f'<img src="{elsewhere}"><script>console.error("said")</script>')
+    said, loaded = browse(f"{origin}/loads.html", tmp_path, "--dump-dom")
+    assert elsewhere in loaded and "/elsewhere.png" in asked and "CONSOLE" in said
+
+
+@in_a_browser
+@pytest.mark.parametrize("what", ["run", "study"])
+def test_a_real_browser_shows_the_page_and_asks_for_nothing_else(what, served, pages, tmp_path):
+    (origin, asked), shot = served, tmp_path / "page.png"
+    page, height = pages[what]
+    said, loaded = browse(f"{origin}/{page}", tmp_path, f"--window-size=1200,{height}", f"--screenshot={shot}")
+    assert shot.exists() and "CONSOLE" not in said, said[-2000:]
+    assert asked == [f"/{page}"] and not loaded
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
     assert pixels.shape[:2] == (height, 1200)
     orange = (np.abs(pixels - [0xbc, 0x4c, 0x00]).sum(2) < 12).any(1)  # a colour of the plots that the page has not

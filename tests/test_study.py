@@ -288,7 +288,8 @@ def test_an_arm_of_ones_own_without_specialists_is_a_control(tiny, tmp_path):
     study = Study(parse(["study", str(tiny), "objective.kind=composed", "--study-folder", str(tmp_path), "--seeds", "0,",
                          *given]), Console(quiet=True))
     controls = {trial.arm.name for trial in study.trials if trial.arm.control}
-    assert controls == {"alone", "top", "top-t20", "top-ensemble", "peers", "top-long", "peers-long", "two", "only"}
+    assert controls == {"alone", "top", "top-t20", "top-ensemble", "peers", "top-long", "long-ensemble",
+                        "peers-long", "two", "only"}
 
 
 def test_results_of_other_settings_are_refused(studied, tiny, tmp_path):

@@ -1,5 +1,6 @@
 """`pkd report RUN|STUDY`: one page about a run or a study, and its plots as PNGs beside it."""
 
+import re
 from pathlib import Path
 
 from pkd.console import Console
@@ -7,6 +8,7 @@ from pkd.errors import UserError
 from pkd.files import write_bytes
 
 MARK = b'<meta name="generator" content="pkd report'  # by which an earlier report is known
+PLOTS = re.compile(rb'<meta name="plots" content="([\w -]*)">')
 
 
 def report(path: Path, target: Path | None, console: Console) -> Path:
@@ -32,14 +34,22 @@ def report(path: Path, target: Path | None, console: Console) -> Path:
         from pkd.report.run import page_of
     page = page_of(path)
     pictures = {plot.name: picture(plot) for plot in page.plots}
+    folder, stale = target.with_suffix(""), _plots_of(target) - set(pictures)
     write_bytes(target, html(page, pictures))
-    folder = target.with_suffix("")
+    for name in stale:  # of students that are gone, perhaps
+        (folder / f"{name}.png").unlink(missing_ok=True)
     for name, own in pictures.items():
         write_bytes(folder / f"{name}.png", own.png)
     for note in page.notes:
         console.say(note)
     console.say(f"report: {target}, {len(pictures)} plots as PNG in {folder}")
     return target
+
+
+def _plots_of(target: Path) -> set[str]:
+    """Names of the plots of an earlier report, if there is one; as a page says them, they are letters, digits and dashes."""
+    found = PLOTS.search(target.read_bytes()[:4000]) if target.exists() else None
+    return set(found[1].decode().split()) if found else set()
 
 
 def _check_target(target: Path) -> None:

@@ -29,9 +29,10 @@ class Arm:
 
 def pyramid_flops(recipe: Recipe, shape: Shape, samples: int, labelled: int | None = None) -> tuple[float, float]:
     """What the recipe's whole pyramid costs, and its top alone; groups by confusion count as even shares. samples: training
-    images that students see, labelled: those with a label, None for all.
+    images that students see, labelled: those with a label, None for all. Every teacher answers about every image, whatever
+    the recipe's objective: the dearest of its arms is what controls may cost and must cost.
     """
-    costs = []
+    costs, recipe = [], recipe.model_copy(update={"objective": Objective(kind="composed")})
     for level in recipe.pyramid:
         counts = [len(group) for group in level.classes or ()] or [-(-shape[0] // level.teachers)] * level.teachers
         costs.append(sum(teacher_flops(recipe, level, count, shape, samples, labelled) for count in counts))
@@ -85,12 +86,14 @@ def built_in(recipe: Recipe, shape: Shape, classes: tuple[str, ...], samples: in
         if recipe.objective.kind == "composed" else {"kind": "composed"}
     only, labels = _as("pyramid", [alone]), {"kind": "alone"}
     soft, paper_20 = ({"kind": "top", "temperature": t, "weights": [weight]} for t, weight in ((4, 1), (20, 0.6)))
-    # What the recipe's own constants gain is not the pyramid's: a single teacher has them, too.
-    like = composed | {"kind": "top"}
-    its_paper = _constants(recipe, paper)  # nor is what an ensemble loss gains
+    its_paper = _constants(recipe, paper)
     joint = {"kind": "top", "temperature": its_paper.temperature, "weights": its_paper.weights[:1],
              "ensemble": its_paper.ensemble}
-    mine, known = _constants(recipe, like), [_constants(recipe, own) for own in (labels, soft, paper_20, joint)]
+    # What the recipe's own constants gain is not the pyramid's, nor is what an ensemble loss gains: a single teacher has
+    # them, too.
+    like = joint if len(paper) > 1 else composed | {"kind": "top"}
+    controls = [labels, soft, paper_20, *[joint] * any(its_paper.ensemble)]
+    mine, known = _constants(recipe, like), [_constants(recipe, own) for own in controls]
     best = soft if mine == known[1] else like
     its = "temperature 4, weight 1" if best == soft else "the recipe's own constants"
     jointly = f"temperature {its_paper.temperature:g}, weight {its_paper.weights[0]:g}, with paper's ensemble loss"
@@ -106,6 +109,9 @@ def built_in(recipe: Recipe, shape: Shape, classes: tuple[str, ...], samples: in
             (_as("pyramid", [free] * count), f"teachers.steps={each}", _as("objective", composed)), True),
         Arm("top-long", f"one top teacher, trained {long / steps:.1f} times as long, {its}",
             (_as("pyramid", [free]), f"teachers.steps={long}", _as("objective", best)), True),
+        *[Arm("long-ensemble", f"one top teacher, trained {long / steps:.1f} times as long, {jointly}",
+              (_as("pyramid", [free]), f"teachers.steps={long}", _as("objective", joint)), True)]
+        * (any(its_paper.ensemble) and best != joint),
         Arm("peers-long", f"the mean of 2 teachers that know every class, each trained {half / steps:.1f} times as long",
             (_as("pyramid", [free] * 2), f"teachers.steps={half}", _as("objective", composed)), True),
         Arm("paper-plain", f"{theirs}, without its ensemble loss",
@@ -133,7 +139,8 @@ def _unsuitable(recipe: Recipe, classes: tuple[str, ...], ratio: float, count: i
                          f"would be trained for {its} of its {steps} steps each")
     if ratio < LONGER:
         out["peers"] = f"the pyramid costs {ratio:.2f} times its top, which buys no second teacher"
-        out["top-long"] = f"the pyramid costs {ratio:.2f} times its top, which buys no longer training"
+        for name in ("top-long", "long-ensemble"):
+            out[name] = f"the pyramid costs {ratio:.2f} times its top, which buys no longer training"
     if count == 2:
         out["peers-long"] = f"the pyramid costs {ratio:.2f} times its top: two teachers are what peers has"
     pyramid = build_pyramid(recipe.pyramid, classes, recipe.seed)
