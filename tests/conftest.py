@@ -21,7 +21,9 @@ settings.register_profile("shared machine", deadline=None)  # an example may tak
 settings.load_profile("shared machine")
 
 # First, so that no worker is left with one of them.
-LONGEST = ("slurm", "test_archive", "test_invariants", "test_launch", "test_study", "test_export", "test_student_groups")
+LONGEST = ("slurm", "test_archive", "test_invariants", "test_launch", "test_study", "test_export", "test_student_groups",
+           "test_commands", "test_calibration", "test_hangs", "test_tracker", "test_shards", "test_baselines",
+           "test_unlabelled", "test_bench", "test_confusion", "test_engine")
 
 
 def group(nodeid: str) -> str:

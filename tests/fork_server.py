@@ -67,6 +67,11 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+def folder_of_forks() -> Path:
+    """Where a `pkd` and a `python` lie that are forked when they are started."""
+    return Path(_server(Path(__file__).resolve().parent.parent)).parent
+
+
 def _ask(address: str, asked: dict, out, err) -> tuple[socket.socket, int]:
     """A connection over which the rank's exit code comes, and whose end is the rank's; and the rank's pid."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -122,6 +127,9 @@ def serve(address: str) -> dict:
                       f'if [ "$1" = -m ]; then shift; exec {sys.executable} -S {__file__} {address} "$@"; fi\n'
                       f'exec {sys.executable} "$@"\n')
     python.chmod(0o755)
+    pkd_script = python.with_name("pkd")  # for launch scripts that find it on their PATH
+    pkd_script.write_text(f'#!/bin/sh\nexec {python} -m pkd "$@"\n')
+    pkd_script.chmod(0o755)
     gc.freeze()  # or every rank's collector, and its end, would look at all that was imported, and so copy it
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server.bind(address)

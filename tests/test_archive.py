@@ -92,6 +92,7 @@ def test_whatever_decides_the_soft_targets_decides_them_online_as_well(tiny, tau
     """Coarser rows are part of the identity; so teachers that answer online round as the archive does."""
     words = (*FINITE, "distill.epochs=1", *words)
     if words[len(FINITE) + 1].startswith(("views", "teachers")):  # other teachers' settings
+        words = (*words, "teachers.steps=4", "teachers.evaluate_every=4")
         run(2, "teach", tiny, "--run-folder", tmp_path / "taught", *words)
         taught = tmp_path / "taught"
     own = fill(2, tiny, (tmp_path / "archive", f"teachers_from={taught}"), *words)

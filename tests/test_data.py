@@ -289,18 +289,6 @@ def test_of_images_the_centre_is_taken_and_resized(tmp_path):
 
 # Damage
 
-def damaged(content: bytes) -> st.SearchStrategy[bytes]:
-    cut = st.integers(0, len(content) - 1).map(lambda end: content[:end])
-    changes = st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), min_size=1, max_size=4)
-
-    def changed(spots):
-        out = bytearray(content)
-        for position, value in spots:
-            out[position] = value
-        return bytes(out)
-    return cut | changes.map(changed)
-
-
 def written(name: str, folder: Path) -> Data:
     """A small whole data set of that name in the folder."""
     if name == "npz":
@@ -315,28 +303,6 @@ def written(name: str, folder: Path) -> Data:
     else:
         write_idx(folder, name == "gzipped")
     return Data(name=name if name != "gzipped" else "fashion-mnist", path=str(folder))
-
-
-DAMAGE = [("fashion-mnist", IDX[0]), ("fashion-mnist", IDX[1]), ("gzipped", f"{IDX[3]}.gz"), ("cifar10", CIFAR10[2]),
-          ("cifar10", "batches.meta.txt"), ("npz", "a.npz"), ("csv", "a.csv"), ("folder", "b/02.png")]
-
-
-@pytest.mark.parametrize(("name", "file"), DAMAGE)
-def test_a_damaged_file_loads_or_is_refused_and_never_a_traceback(tmp_path_factory, name, file):
-    folder = tmp_path_factory.mktemp("damage")
-    recipe, path = written(name, folder), folder / file
-    load_data(recipe)
-
-    @settings(max_examples=120, deadline=None)
-    @given(damaged(path.read_bytes()))
-    def hurt(other):
-        path.write_bytes(other)
-        try:
-            data = load_data(recipe)
-            data.images[torch.arange(len(data.labels))]
-        except UserError as error:
-            assert "\n" not in str(error)
-    hurt()
 
 
 @pytest.mark.parametrize(("name", "file", "change", "words"), [

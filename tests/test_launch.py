@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fork_server import Forked
+from fork_server import Forked, folder_of_forks
 from ranks import LIGHT, REPOSITORY, clean_environment, listens, refused, run, students, trace, wait_for_step
 
 from pkd.order import Order, is_done
@@ -21,9 +21,10 @@ SCRIPTS = {"torchrun": REPOSITORY / "launch" / "torchrun.sh", "deepspeed": REPOS
 END = 60  # seconds
 
 
-def start(way: str, *words) -> subprocess.Popen:
-    """launch/<way>.sh on two ranks, in a session of its own."""
-    environment = {**clean_environment(), "PATH": f"{BIN}:{os.environ['PATH']}"}
+def start(way: str, *words, forked: bool = False) -> subprocess.Popen:
+    """launch/<way>.sh on two ranks, in a session of its own; forked: what it starts is."""
+    places = [*[str(folder_of_forks())] * forked, str(BIN), os.environ["PATH"]]
+    environment = {**clean_environment(), "PATH": os.pathsep.join(places)}
     words = [*map(str, words), "placement.kind=dedicated"]
     return subprocess.Popen([SCRIPTS[way], "2", *words], env=environment, cwd=REPOSITORY, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
@@ -77,7 +78,9 @@ def test_ctrl_c_or_a_signal_to_script_launcher_or_rank_stops_all_ranks_together_
                                                                                           target, number):
     folder, teachers_from = new_run("run")
     words = (tiny, teachers_from, "--run-folder", folder, "--phases", "distill")
-    process = start(way, *words)
+    # Signals to the terminal or the launcher meet what is really there; a rank is real in any case.
+    forked = target in ("rank", "script")
+    process = start(way, *words, forked=forked)
     wait_for_step(folder, 3)
     victim = process.pid
     if target == "terminal":
@@ -94,7 +97,7 @@ def test_ctrl_c_or_a_signal_to_script_launcher_or_rank_stops_all_ranks_together_
     assert "not finished (distill: stopped)" in refused(1, "evaluate", folder)
     if target == "rank":  # what a resumed run becomes
         if way == "torchrun":
-            code, out = ended(start(way, *words))
+            code, out = ended(start(way, *words, forked=True))
             assert code == 0, out
         else:
             run(2, "distill", tiny, teachers_from, "--run-folder", folder, "placement.kind=dedicated")

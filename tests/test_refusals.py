@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -199,8 +200,11 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(tiny, new_run):
     start = ("distill", tiny, "--run-folder", folder, teachers_from)
     run(1, *start, "--steps", 5)
     before = snapshot(folder / "checkpoints")
-    limited = ["prlimit", "--fsize=20000"]
-    sentence = refused(1, *start, prefix=limited)
+    ranks = Ranks(1, *start)
+    resource.prlimit(ranks.processes[0].pid, resource.RLIMIT_FSIZE, (20000, 20000))
+    (ended,) = ranks.wait()
+    sentence = ended.err
+    assert ended.code == 2 and sentence.count("\n") == 1 and sentence.startswith("pkd: "), sentence
     assert "could not be written" in sentence and "nothing that was saved is lost" in sentence
     assert snapshot(folder / "checkpoints") == before or before.items() <= snapshot(folder / "checkpoints").items()
     run(1, *start)

@@ -186,7 +186,7 @@ class Cluster:
             if time.monotonic() > end:
                 raise TimeoutError(f"job {job} is {state} after {timeout:.0f} s, not {' or '.join(sorted(wanted))}:\n"
                                    + self.slurm("scontrol", "show", "job", job) + self.slurm("sinfo", "--Node", "--long"))
-            time.sleep(0.2)
+            time.sleep(1.0)
             state = self.state(job)
         return state
 
