@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from ranks import Ranks, refused, run, wait_for_step
+from ranks import LIGHT, Ranks, refused, run, wait_for_step
 
 from pkd.errors import UserError
 from pkd.files import sha256, write_json
@@ -111,7 +111,7 @@ def test_only_timings_are_written_outside_the_run_folder_and_ports_open_on_the_j
     there = {"cwds": [places[2]] * 2, "env": lambda rank: {"HOME": str(places[0]), "TMPDIR": str(places[1]),
                                                            "XDG_CACHE_HOME": ""}}
     run(2, "teach", tiny, "--run-folder", tmp_path / "taught", "--steps", 1, "--teacher", "level1-0", **there)
-    ranks = Ranks(2, "distill", tiny, "--run-folder", folder, teachers_from, "distill.epochs=500", **there)
+    ranks = Ranks(2, "distill", tiny, "--run-folder", folder, teachers_from, "distill.epochs=500", *LIGHT, **there)
     wait_for_step(folder, 12)
     listening = [c.laddr.ip for process in ranks.processes for c in psutil.Process(process.pid).net_connections("inet")
                  if c.status == psutil.CONN_LISTEN]

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 from ranks import REPOSITORY
 
+from pkd.data import load_data
 from pkd.files import read_json
 from pkd.recipe_file import identity, load_recipe
 from pkd.shipped import shipped_names
+from pkd.study.arms import built_in, pyramid_flops, student_flops, teacher_flops
 from pkd.study.figures import aggregate
-from pkd.study.results import all_readings, read_results
+from pkd.study.results import all_readings, as_of_now, read_results
 from pkd.study.table import arms_rows
 
 STUDIES = sorted(path.parent for path in (REPOSITORY / "launch" / "studies").glob("*/recipe.yaml"))
@@ -37,6 +39,27 @@ def test_what_a_kept_study_says_follows_from_its_results(folder: Path):
         assert said[key] == found[key], key
     assert said["test_readings"] >= len(results), "the test images are read once an arm and seed, again where one is redone"
     assert all(0.2 < own["networks"]["ensemble"]["accuracy"][0] <= 1 for own in said["arms"].values())
+
+
+def test_costs_and_titles_of_the_digits_study_are_what_arithmetic_and_arms_say_today():
+    """The digits are the set that is at hand everywhere."""
+    folder = REPOSITORY / "launch" / "studies" / "digits"
+    recipe, said = load_recipe(str(folder / "recipe.yaml")), read_json(folder / "study.json")
+    data = load_data(recipe.data)
+    shape, seen, labelled = (len(data.classes), data.channels, data.size), len(data.students_see), len(data.splits["train"])
+    assert said["pyramid_flops"] == pytest.approx(pyramid_flops(recipe, shape, seen, labelled)[0])
+    known = {arm.name: arm for arm in built_in(recipe, shape, data.classes, seen, labelled)[0]}
+    assert set(known) <= set(said["arms"]), "no control is missing"
+    for path in folder.glob("results/*.json"):
+        found = read_json(path)
+        mine = load_recipe(str(folder / "recipe.yaml"), [*found["changes"], f"seed={found['seed']}"])
+        assert found["fingerprint"] == data.fingerprint and as_of_now(found["recipe"]) == identity(mine)
+        costs = [teacher_flops(mine, mine.pyramid[own["level"]], own["classes"], shape, seen, labelled)
+                 for own in found["teachers"].values()]
+        assert found["teacher_flops"] == pytest.approx(sum(costs)), path.name
+        assert found["student_flops"] == pytest.approx(student_flops(mine, shape, seen))
+        arm = known.get(found["arm"])
+        assert arm is None or (list(arm.changes), arm.title) == (found["changes"], found["title"]), path.name
 
 
 def finished() -> dict[str, dict]:

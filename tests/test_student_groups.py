@@ -7,7 +7,7 @@ from itertools import chain
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import free_port, run, students, trace
+from ranks import LIGHT, free_port, run, students, trace
 
 from pkd.joined import Joined
 from pkd.launcher import Launch
@@ -98,9 +98,9 @@ def test_a_student_on_ranks_of_its_own_is_that_of_a_single_student_rank(tiny, ne
 
 def test_groups_of_several_ranks_exchange_the_mean_of_logits(tiny, new_run):
     """The paper's ensemble term, four student ranks in two groups against two without groups: to the last bit."""
-    paper, shared = "objective.kind=paper", ("exchange=direct", "placement.accumulation=2")
-    together = distilled(2, tiny, new_run("together"), paper, CO_LOCATED, *shared)
-    assert distilled(4, tiny, new_run("split"), paper, CO_LOCATED, *shared, GROUPS) == together
+    words = ("objective.kind=paper", CO_LOCATED, "exchange=direct", "placement.accumulation=2", *LIGHT)
+    together = distilled(2, tiny, new_run("together"), *words)
+    assert distilled(4, tiny, new_run("split"), *words, GROUPS) == together
 
 
 def test_a_run_goes_on_split_and_together_as_if_it_had_never_been_stopped(tiny, new_run, finished):

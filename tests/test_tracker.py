@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import refused, run, students
+from ranks import LIGHT, refused, run, students
 
 from pkd.errors import UserError
 from pkd.tracker import PACKAGES, check_tracker, figures, settings
@@ -142,10 +142,10 @@ def test_a_tracker_has_each_epochs_figures_once_whatever_interrupts_the_run(kind
     assert not list(home.iterdir()) and students(folder) == students(finished)
 
 
-def test_a_tracker_asked_for_later_gets_the_epochs_before(tiny, new_run, finished):
+def test_a_tracker_asked_for_later_gets_the_epochs_before(tiny, new_run):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed here")
     folder, teachers_from = new_run("run")
-    words = ("distill", tiny, "--run-folder", folder, teachers_from)
+    words = ("distill", tiny, "--run-folder", folder, teachers_from, *LIGHT)
     run(1, *words, "--steps", 12)
     run(1, *words, "tracker=tensorboard")
     assert list(tensorboard_run(folder / "trackers")[0]) == [12, 24]
