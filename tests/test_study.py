@@ -204,7 +204,8 @@ def test_teachers_and_archives_are_shared_and_copied_rather_than_made_again(stud
 def test_on_several_ranks_arms_share_their_specialists_and_one_archive(tiny, taught, tmp_path):
     shutil.copytree(taught, tmp_path / "teachers" / "given-seed-0")
     said = run(1, "study", tiny, "views.finite=2", *LIGHT, "distill.epochs=1", "--arms", "composed,soft",
-               "--arm", "soft=objective.temperature=2", "--seeds", "0,", "--study-folder", tmp_path, "--on", "torchrun", "--ranks-per-node", 2, timeout=400)[0].out
+               "--arm", "soft=objective.temperature=2", "--seeds", "0,", "--study-folder", tmp_path,
+               "--on", "torchrun", "--ranks-per-node", 2, timeout=400)[0].out
     assert "level0, level1-0, level1-1, level2-0, level2-1, level2-2" in said, "all teachers are taken over"
     starts = [line.partition(":")[0] for line in said.splitlines() if "-m pkd " in line]
     assert starts == ["archive", "distill", "evaluate", "distill", "evaluate"]
