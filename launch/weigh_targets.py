@@ -1,0 +1,147 @@
+r"""What the soft targets of trained teachers know, by validation images, before a student is trained from them.
+
+    .venv/bin/python launch/weigh_targets.py RECIPE FOLDER [FOLDER ...]
+
+FOLDER: what `pkd teach` or `pkd study` (its teachers/*) filled with teachers of RECIPE's data. It
+prints accuracy and cross-entropy of: every folder's teachers that know all classes; the mean of all of these together;
+specialists beside the top within their classes; and the composed target for several weights of the specialists (pkd's own is
+marked) and temperatures of theirs, with their own top and with each of the others. It reads no test image.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pkd.data import load_data
+from pkd.errors import UserError
+from pkd.loss import LevelTargets, composed_target
+from pkd.network_file import read_network
+from pkd.recipe_file import load_recipe
+
+WEIGHTS, TEMPERATURES = (0.25, 0.5, 0.75, 1.0), (1.0, 1.5, 2.0)
+ROWS = 500
+
+
+@dataclass(frozen=True)
+class Answers:
+    name: str
+    level: int
+    classes: Tensor  # int64 [known]
+    logits: Tensor  # fp32 [images, known]
+
+
+def answers(folder: Path, images: Tensor, classes: list[str]) -> list[Answers]:
+    """Of every teacher in a folder about uint8 images [n, channels, height, width]."""
+    out = []
+    for path in sorted((folder / "teachers").glob("*.json")):
+        network, facts = read_network(path.with_suffix(""))
+        known = torch.tensor([classes.index(name) for name in facts["classes"]])
+        with torch.inference_mode():
+            logits = torch.cat([network.eval()(part).float() for part in images.split(ROWS)])
+        out.append(Answers(path.stem, facts["level"], known, logits))
+    if not out:
+        raise UserError(f"{folder} holds no teachers: give a folder that pkd teach filled")
+    return out
+
+
+def level(teachers: list[Answers], temperature: float) -> LevelTargets:
+    """As the exchange hands them over: rows by teacher, then sample, padded to the widest."""
+    images, width = len(teachers[0].logits), max(len(own.classes) for own in teachers)
+
+    def padded(own: Tensor) -> Tensor:
+        return F.pad(own.expand(images, -1), (0, width - own.shape[-1]))
+    return LevelTargets(logits=torch.cat([padded(own.logits / temperature) for own in teachers]),
+                        classes=torch.cat([padded(own.classes) for own in teachers]),
+                        mask=torch.cat([padded(torch.ones(len(own.classes), dtype=torch.bool)) for own in teachers]),
+                        sample=torch.arange(images).repeat(len(teachers)), share=torch.ones(images * len(teachers)),
+                        teachers=len(teachers))
+
+
+def composed(top: Tensor, specialists: list[Answers], weight: float, temperature: float) -> Tensor:
+    """log P, fp32 [images, classes]: weight 0 is the top's alone, 1 the mean of the levels below by the chain rule."""
+    levels = by_level(specialists)
+    first = level([Answers("top", 0, torch.arange(top.shape[1]), top)], 1.0)
+    mean = composed_target([first, *(level(own, temperature) for own in levels)], top.shape[1])
+    top = F.log_softmax(top, 1)
+    below = ((1 + len(levels)) * mean - top) / len(levels)
+    return (1 - weight) * top + weight * below
+
+
+def by_level(specialists: list[Answers]) -> list[list[Answers]]:
+    return [[own for own in specialists if own.level == number] for number in sorted({own.level for own in specialists})]
+
+
+def mean(*logits: Tensor) -> Tensor:
+    return torch.stack([F.log_softmax(own, 1) for own in logits]).mean(0)
+
+
+def say(name: str, log_probability: Tensor, labels: Tensor) -> None:
+    right = (log_probability.argmax(1) == labels).float().mean().item()
+    print(f"{100 * right:7.2f} %  {F.cross_entropy(log_probability, labels).item():7.4f}  {name}")
+
+
+def within(top: Tensor, own: Answers, labels: Tensor) -> None:
+    """A specialist and the top restricted to its classes, on images of these."""
+    mine = torch.isin(labels, own.classes)
+    truth = (labels[mine][:, None] == own.classes).long().argmax(1)
+    restricted = top[mine][:, own.classes]
+    print(f"{own.name}, {len(own.classes)} classes:")
+    for name, found in (("the top restricted to them", restricted), ("specialist", own.logits[mine]),
+                        ("mean of both", mean(restricted, own.logits[mine]))):
+        say(f"  {name}", found, truth)
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("recipe")
+    parser.add_argument("folders", nargs="+", type=Path)
+    arguments = parser.parse_args(words)
+    try:
+        weigh(arguments.recipe, arguments.folders)
+    except UserError as error:
+        print(f"weigh_targets: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def weigh(recipe: str, folders: list[Path]) -> None:
+    data = load_data(load_recipe(recipe).data)
+    ids = data.splits["validation"]
+    images, labels, classes = data.images[ids], data.labels[ids], list(data.classes)
+    tops: dict[str, Tensor] = {}
+    pyramids: dict[str, list[Answers]] = {}
+    print(f"{len(ids)} validation images: accuracy, cross-entropy")
+    for folder in folders:
+        found = answers(folder, images, classes)
+        whole = [own for own in found if len(own.classes) == len(classes)]
+        for own in whole:
+            say(f"{folder.name} {own.name}", own.logits, labels)
+        if len(whole) > 1:
+            say(f"{folder.name}, mean of {len(whole)}", mean(*(own.logits for own in whole)), labels)
+        if whole:
+            tops[folder.name] = whole[0].logits
+        if len(whole) < len(found):
+            pyramids[folder.name] = [own for own in found if own not in whole]
+    for one, other in combinations(tops, 2):
+        say(f"mean of {one} and {other}", mean(tops[one], tops[other]), labels)
+    for name, specialists in pyramids.items():
+        for own in specialists:
+            within(tops[name], own, labels)
+        levels = len(by_level(specialists))
+        plain = levels / (1 + levels)
+        for whose, top in tops.items():
+            for temperature in TEMPERATURES if whose == name else (1.0,):
+                for weight in sorted({*WEIGHTS, plain}):
+                    mark = " <- pkd's" * (weight == plain and temperature == 1 and whose == name)
+                    say(f"{name} composed with the top of {whose}: specialists' weight {weight:.3g}, temperature "
+                        f"{temperature:g}{mark}", composed(top, specialists, weight, temperature), labels)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""launch/weigh_targets.py: what it says of soft targets is what pkd's loss makes of the same teachers."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import REPOSITORY
+
+from pkd.data import load_data
+from pkd.network_file import read_network
+from pkd.recipe_file import load_recipe
+
+sys.path.insert(0, str(REPOSITORY / "launch"))
+from weigh_targets import Answers, composed, main
+
+
+def test_the_composed_target_of_three_levels_is_the_mean_of_their_chain_rules():
+    torch.manual_seed(0)
+    top = torch.randn(7, 5)
+    groups = {1: [[0, 3], [1, 2, 4]], 2: [[4], [0, 1], [2, 3]]}
+    specialists = [Answers(f"{level}-{index}", level, torch.tensor(own), torch.randn(7, len(own)))
+                   for level, parts in groups.items() for index, own in enumerate(parts)]
+    probability, chains = top.softmax(1), {}
+    for level in groups:
+        chains[level] = torch.empty(7, 5)
+        for own in (one for one in specialists if one.level == level):
+            mass = probability[:, own.classes].sum(1, keepdim=True)
+            chains[level][:, own.classes] = (mass * (own.logits / 2).softmax(1)).log()
+    for weight in (0.0, 0.3, 1.0):
+        wanted = (1 - weight) * probability.log() + weight * (chains[1] + chains[2]) / 2
+        torch.testing.assert_close(composed(top, specialists, weight, 2.0), wanted, rtol=0, atol=1e-5)
+
+
+def test_it_tells_accuracies_on_validation_images_and_which_target_is_pkds(tiny, taught, tmp_path, capsys):
+    shutil.copytree(taught, tmp_path / "again")
+    assert main([str(tiny), str(taught), str(tmp_path / "again")]) == 0
+    said = capsys.readouterr().out
+    data = load_data(load_recipe(str(tiny)).data)
+    network, _ = read_network(taught / "teachers" / "level0")
+    ids = data.splits["validation"]
+    with torch.inference_mode():
+        logits = network.eval()(data.images[ids]).float()
+    top = f"{F.cross_entropy(logits, data.labels[ids]).item():7.4f}"
+    assert f"%  {top}  run level0\n" in said and f"%  {top}  again level0\n" in said
+    assert f"%  {top}  mean of run and again\n" in said, "of one and the same"
+    assert said.count(" <- pkd's") == 2 and "specialists' weight 0.667, temperature 1 <- pkd's" in said
+    assert "level2-2, 5 classes:" in said
+
+
+@pytest.mark.parametrize("words", [("{tiny}", "{tmp}"), ("nothing.yaml", "{tmp}")])
+def test_what_is_not_there_is_named(tiny, tmp_path, words, capsys):
+    assert main([word.format(tiny=tiny, tmp=tmp_path) for word in words]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
