@@ -182,6 +182,19 @@ def test_a_study_says_who_wins_and_by_how_much(tmp_path):
         report(tmp_path, None, quiet)
 
 
+def test_what_no_interval_tells_apart_is_named_together_and_what_decides_by_itself(tmp_path):
+    arms = {"top": (0.80, True), "peers": (0.795, True), "composed": (0.805, False), "paper": (0.8, False)}
+    results = [made_up(arm, seed, accuracy, accuracy, control, 2.0)
+               for arm, (accuracy, control) in arms.items() for seed in range(3)]
+    study = figures_of(results, [*arms], (0, 1, 2))
+    write_json(tmp_path / "study.json", study)
+    text = read(report(tmp_path, None, quiet)).text
+    deciding = next(one for one in study["differences"] if one["decides"])
+    assert f'"{deciding["arm"]}" cannot be told apart from it: ' in text and text.count("told apart from it") == 2
+    named = text.partition("their intervals include 0: ")[2].partition(".")[0]
+    assert sorted(named.split(", ")) == sorted(f'"{arm}"' for arm in arms if arm not in (deciding["arm"], "top"))
+
+
 def test_plots_that_the_new_report_has_not_go_with_the_old_one(tmp_path):
     """They may be of other students."""
     write_json(tmp_path / "study.json", a_study())

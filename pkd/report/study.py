@@ -69,8 +69,17 @@ def _verdict(study: Study) -> Section:
     text = [f"The best control, chosen by validation accuracy of the ensemble, is \"{study.control}\"."]
     if any(one["decides"] for one in study.judged):
         text.append("One comparison decides, that of the other arm with the best validation accuracy; it comes first.")
-    text += [_decision(study, one) for one in study.judged] or ["Nothing has been compared with it yet."]
-    return Section("Verdict", text)
+    level = [one for one in study.judged if not one["decides"] and has_interval(one) and _includes_zero(one)]
+    text += [_decision(study, one) for one in study.judged if one not in level]
+    if level:
+        names = ", ".join(f'"{one["arm"]}"' for one in level)
+        text.append(f"These cannot be told apart from it, for their intervals include 0: {names}.")
+    return Section("Verdict", text if study.judged else [*text, "Nothing has been compared with it yet."])
+
+
+def _includes_zero(one: dict) -> bool:
+    low, high = one["interval"]
+    return low <= 0 <= high
 
 
 def _decision(study: Study, one: dict) -> str:
