@@ -41,6 +41,10 @@ def answers(folder: Path, images: Tensor, classes: list[str]) -> list[Answers]:
     out = []
     for path in sorted((folder / "teachers").glob("*.json")):
         network, facts = read_network(path.with_suffix(""))
+        strange = [name for name in facts["classes"] if name not in classes]
+        if strange:
+            raise UserError(f"teacher {path.stem} of {folder} knows class {strange[0]}, which the recipe's data have not: "
+                            "give the recipe that it was trained by")
         known = torch.tensor([classes.index(name) for name in facts["classes"]])
         with torch.inference_mode():
             logits = torch.cat([network.eval()(part).float() for part in images.split(ROWS)])
@@ -97,6 +101,14 @@ def within(top: Tensor, own: Answers, labels: Tensor) -> None:
         say(f"  {name}", found, truth)
 
 
+def check(folder: Path, whole: list[Answers], specialists: list[Answers], classes: int) -> None:
+    """Raises UserError for a pyramid that lacks a teacher, or that the composed target does not suit."""
+    for own in by_level(specialists):
+        if not whole or sorted(torch.cat([one.classes for one in own]).tolist()) != list(range(classes)):
+            raise UserError(f"{folder} lacks its top or a specialist of level {own[0].level}, or its groups overlap: wait "
+                            "for pkd teach to finish, or give another folder")
+
+
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("recipe")
@@ -124,10 +136,12 @@ def weigh(recipe: str, folders: list[Path]) -> None:
             say(f"{folder.name} {own.name}", own.logits, labels)
         if len(whole) > 1:
             say(f"{folder.name}, mean of {len(whole)}", mean(*(own.logits for own in whole)), labels)
+        specialists = [own for own in found if len(own.classes) < len(classes)]
         if whole:
             tops[folder.name] = whole[0].logits
-        if len(whole) < len(found):
-            pyramids[folder.name] = [own for own in found if own not in whole]
+        if specialists:
+            check(folder, whole, specialists, len(classes))
+            pyramids[folder.name] = specialists
     for one, other in combinations(tops, 2):
         say(f"mean of {one} and {other}", mean(tops[one], tops[other]), labels)
     for name, specialists in pyramids.items():

@@ -33,23 +33,19 @@ def open_classifier(path: Path, student: str | None, trust_code: bool = False) -
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: give a run folder, or what pkd export wrote")
-    if path.stem == WEIGHTS and (path.parent / f"{CONFIG}.json").exists():
-        path = path.parent  # the hub's name for its weights
+    if path.is_file() and path.stem in (CONFIG, WEIGHTS) and (path.parent / f"{CONFIG}.json").exists():
+        path = path.parent  # the hub's names for a network's files
     files = sorted(path.glob("*.onnx")) if path.is_dir() else [path]
-    written = [path.with_name(path.stem + ending) for ending in (".json", ".safetensors")]
-    if (path / "run.json").exists():
+    if path.is_file() and path.suffix != ".onnx":
+        students = [_written(path, trust_code)]
+    elif (path / "run.json").exists():
         students = finished_students(RunFolder(path), smoke=True)
     elif (path / f"{LIST}.json").exists():
         students = [_exported(path / name, None, trust_code) for name in _listed(path / f"{LIST}.json")]
     elif (path / f"{CONFIG}.json").exists():
         students = _of_hub(path, trust_code)
-    elif path in written and all(file.is_file() for file in written):
-        students = [_exported(path.with_suffix(""), None, trust_code)]
-    elif len(files) == 1 and files[0].suffix == ".onnx":
+    elif len(files) == 1:
         return _of_onnx(files[0], student)
-    elif path.is_file():
-        raise UserError(f"{path} is no .onnx file, nor are {written[0].name} and {written[1].name} both there: give a run "
-                        "folder, or what pkd export wrote")
     else:
         raise UserError(f"{path} is neither a run folder nor what pkd export wrote: it holds no run.json, {LIST}.json or "
                         f"{CONFIG}.json, and {len(files)} .onnx files, of which one may be named")
@@ -65,6 +61,15 @@ def _of_networks(students: list[tuple[Network, dict]]) -> Classifier:
         with torch.inference_mode():
             return torch.stack([network(views.to(device)).float() for network in networks]).mean(0).cpu()
     return Classifier(facts["classes"], facts["channels"], tuple(facts["view_size"]), logits)
+
+
+def _written(path: Path, trust_code: bool) -> tuple[Network, dict]:
+    """The student whose weights, or the JSON beside them, `path` is."""
+    both = path.with_suffix(".json"), path.with_suffix(".safetensors")
+    if path not in both or not all(file.is_file() for file in both):
+        raise UserError(f"{path} is no .onnx file, nor are {both[0].name} and {both[1].name} both there: give a run folder, "
+                        "or what pkd export wrote")
+    return _exported(path.with_suffix(""), None, trust_code)
 
 
 def _exported(path: Path, stem: Path | None, trust_code: bool) -> tuple[Network, dict]:

@@ -77,8 +77,8 @@ def _source(summary: dict, facts: dict) -> str:
         return "trained by pkd from labels only"
     if every < len(teachers):
         return "distilled by pkd from a pyramid of teachers, one at the top that knows every class and specialists below it"
-    return f"distilled by pkd from {'one teacher' if every == 1 else f'{every} teachers, each of'} " \
-           f"{'that' if every == 1 else 'which'} knows every class"
+    which = "one teacher that" if every == 1 else f"{every} teachers, each of which"
+    return f"distilled by pkd from {which} knows every class"
 
 
 def _plain(text: str) -> str:

@@ -152,6 +152,8 @@ def test_a_specialist_is_not_asked_about_images_whose_label_nobody_knows():
     assert top == teacher_flops(recipe, recipe.pyramid[0], 10, SHAPE, SAMPLES)
     one = network_cost(recipe.pyramid[1].model, 5, *SHAPE[1:]).flops
     assert half == pytest.approx((3 * 64 * 600 + 30 * 150) * one)
+    dearest = pyramid_flops(recipe, SHAPE, SAMPLES)[0]
+    assert dearest == pytest.approx(top + 2 * (3 * 64 * 600 + 30 * SAMPLES) * one), "what the composed objective would ask"
 
 
 def test_arms_that_do_not_suit_the_pyramid_are_left_out_and_refused_when_asked_for():

@@ -107,9 +107,9 @@ def test_plan_takes_what_was_timed_here_or_a_data_sheet(tiny, first):
     placed = json.loads((first[0] / "first" / "placement.json").read_text())["placement"]
     assert all(found["placement"][key] == placed[key] for key in ("kind", "student_ranks", "groups", "sources"))
     assert found["step_ms"] >= max(rank["ms"] for rank in found["ranks"]) * (1 - 1e-9)
-    words = ("plan", tiny, "--world", 1024, "distill.batch=10000", "objective.kind=paper")
+    words = ("plan", tiny, "--world", 4096, "distill.batch=40000", "objective.kind=paper")
     large = json.loads(run(1, *words, "--json", "--device", "h200")[0].out)
-    assert large["seconds"] == "estimated for h200" and len(large["ranks"]) == 1024
+    assert large["seconds"] == "estimated for h200" and len(large["ranks"]) == 4096
     samples = [rank["samples"] for rank in large["ranks"] if rank["role"] == "student"]
     assert samples and min(samples) >= 8
     assert all(0 < rank["bytes"] < 141e9 for rank in large["ranks"]) and large["bound_by"] and large["next_rank"]

@@ -297,6 +297,8 @@ def test_what_is_no_export_is_refused_unread(exports, pictures, tmp_path):
     shutil.copy(exports["safetensors"] / "mobile.safetensors", tmp_path)
     assert "mobile.json and mobile.safetensors both there" in refused(1, "predict", tmp_path / "mobile.safetensors", image)
     assert "one network of mobile, shuffle" in refused(1, "predict", exports["onnx"], image, "--student", "shuffle")
+    assert "neither a run folder" in refused(1, "predict", ".", image, cwds=[pictures])
+    assert "student shuffle" in refused(1, "predict", exports["safetensors"] / "mobile.json", image, "--student", "shuffle")
     (tmp_path / "trap.onnx").write_bytes(pickle.dumps({}))
     assert "cannot be read as ONNX" in refused(1, "predict", tmp_path / "trap.onnx", image)
     shutil.copytree(exports["hub-shuffle"], tmp_path / "hub")

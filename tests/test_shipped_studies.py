@@ -47,8 +47,8 @@ def test_costs_and_titles_of_the_digits_study_are_what_arithmetic_and_arms_say_t
     recipe, said = load_recipe(str(folder / "recipe.yaml")), read_json(folder / "study.json")
     data = load_data(recipe.data)
     shape, seen, labelled = (len(data.classes), data.channels, data.size), len(data.students_see), len(data.splits["train"])
-    assert said["pyramid_flops"] == pytest.approx(pyramid_flops(recipe, shape, seen, labelled)[0])
-    known = {arm.name: arm for arm in built_in(recipe, shape, data.classes, seen, labelled)[0]}
+    assert said["pyramid_flops"] == pytest.approx(pyramid_flops(recipe, shape, seen)[0])
+    known = {arm.name: arm for arm in built_in(recipe, shape, data.classes, seen)[0]}
     assert set(known) <= set(said["arms"]), "no control is missing"
     for path in folder.glob("results/*.json"):
         found = read_json(path)

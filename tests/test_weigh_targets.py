@@ -49,6 +49,15 @@ def test_it_tells_accuracies_on_validation_images_and_which_target_is_pkds(tiny,
     assert "level2-2, 5 classes:" in said
 
 
+@pytest.mark.parametrize("name", ["level0", "level1-1"])
+def test_a_pyramid_that_lacks_a_teacher_is_no_figure(tiny, taught, tmp_path, name, capsys):
+    shutil.copytree(taught, tmp_path / "run")
+    (tmp_path / "run" / "teachers" / f"{name}.json").unlink()
+    assert main([str(tiny), str(tmp_path / "run")]) == 2
+    assert "lacks its top or a specialist of level 1" in capsys.readouterr().err
+    assert main(["glyphs" if name == "level0" else "digits", str(tmp_path / "run")]) == 2
+
+
 @pytest.mark.parametrize("words", [("{tiny}", "{tmp}"), ("nothing.yaml", "{tmp}")])
 def test_what_is_not_there_is_named(tiny, tmp_path, words, capsys):
     assert main([word.format(tiny=tiny, tmp=tmp_path) for word in words]) == 2

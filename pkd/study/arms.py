@@ -27,22 +27,23 @@ class Arm:
     control: bool = False
 
 
-def pyramid_flops(recipe: Recipe, shape: Shape, samples: int, labelled: int | None = None) -> tuple[float, float]:
+def pyramid_flops(recipe: Recipe, shape: Shape, samples: int) -> tuple[float, float]:
     """What the recipe's whole pyramid costs, and its top alone; groups by confusion count as even shares. samples: training
-    images that students see, labelled: those with a label, None for all. Every teacher answers about every image, whatever
-    the recipe's objective: the dearest of its arms is what controls may cost and must cost.
+    images that students see. Every teacher answers about all of them, whatever the recipe's objective: the dearest of its
+    arms is what controls may cost and must cost.
     """
     costs, recipe = [], recipe.model_copy(update={"objective": Objective(kind="composed")})
     for level in recipe.pyramid:
         counts = [len(group) for group in level.classes or ()] or [-(-shape[0] // level.teachers)] * level.teachers
-        costs.append(sum(teacher_flops(recipe, level, count, shape, samples, labelled) for count in counts))
+        costs.append(sum(teacher_flops(recipe, level, count, shape, samples) for count in counts))
     return sum(costs), costs[0]
 
 
 def teacher_flops(recipe: Recipe, level: Level, classes: int, shape: Shape, samples: int,
                   labelled: int | None = None) -> float:
     """What one teacher costs that knows so many classes: its training, and its answers about all that students see, or of
-    a specialist that is asked about its own classes only about those images whose label it knows.
+    a specialist that is asked about its own classes only about those images whose label it knows. labelled: training images
+    with a label, None for all.
     """
     cost = network_cost(level.model, classes, *shape[1:])
     asked = 1.0
@@ -64,12 +65,12 @@ def student_flops(recipe: Recipe, shape: Shape, samples: int) -> float:
                for student in recipe.students)
 
 
-def built_in(recipe: Recipe, shape: Shape, classes: tuple[str, ...], samples: int,
-             labelled: int | None = None) -> tuple[list[Arm], dict[str, str]]:
-    """The arms that every study has, and those that do not suit this recipe: name -> why. samples, labelled: as in
-    pyramid_flops().
+def built_in(recipe: Recipe, shape: Shape, classes: tuple[str, ...],
+             samples: int) -> tuple[list[Arm], dict[str, str]]:
+    """The arms that every study has, and those that do not suit this recipe: name -> why. samples: training images that
+    students see.
     """
-    whole, top = pyramid_flops(recipe, shape, samples, labelled)
+    whole, top = pyramid_flops(recipe, shape, samples)
     ratio, steps = whole / top, recipe.training(0).steps
     count = max(2, int(ratio + 0.5))
     alone = recipe.pyramid[0].model_dump(mode="json", exclude_unset=True)

@@ -75,8 +75,8 @@ class Study:
         quick = self.base.data.model_copy(update={"cache_gib": 0.0})  # no image is looked at here
         self.data: DataSet = load_data(quick)
         self.shape = (len(self.data.classes), self.data.channels, self.data.size)
-        self.samples = len(self.data.students_see), len(self.data.splits["train"])
-        known, self.left_out = built_in(self.base, self.shape, self.data.classes, *self.samples)
+        self.samples = len(self.data.students_see)
+        known, self.left_out = built_in(self.base, self.shape, self.data.classes, self.samples)
         wanted = arguments.arms.split(",") if arguments.arms else None
         self.arms = choose(known, self.left_out, [own_arm(text) for text in arguments.arm], wanted)
         self.trials = [self._trial(arm, seed) for seed in self.seeds for arm in self.arms]
@@ -216,7 +216,7 @@ class Study:
         """Write study.json anew from all results."""
         results = self.results()
         found = aggregate(self.base.name, results, [arm.name for arm in self.arms], self.seeds,
-                          pyramid_flops(self.base, self.shape, *self.samples)[0], len(self.data.classes),
+                          pyramid_flops(self.base, self.shape, self.samples)[0], len(self.data.classes),
                           all_readings(self.folder, results))
         write_json(self.folder / "study.json", found)
         return found
