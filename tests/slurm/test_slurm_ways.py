@@ -51,10 +51,14 @@ def test_launch_submits_a_chain_and_a_failed_teacher_cancels_what_waits_for_it(c
     wrong = folder / "teachers" / "level1-1.json"
     wrong.parent.mkdir(parents=True)
     wrong.write_text('{"identity": "another"}')
-    cluster.slurm(*launch, cwd=tmp_path)
-    jobs = json.loads((folder / "jobs.json").read_text())
-    with pytest.raises(RuntimeError, match="still queued or running"):
+    cluster.slurm("scontrol", "update", "PartitionName=main", "State=DOWN")  # jobs wait, or all might end before it is asked
+    try:
         cluster.slurm(*launch, cwd=tmp_path)
+        jobs = json.loads((folder / "jobs.json").read_text())
+        with pytest.raises(RuntimeError, match="still queued or running"):
+            cluster.slurm(*launch, cwd=tmp_path)
+    finally:
+        cluster.slurm("scontrol", "update", "PartitionName=main", "State=UP")
     assert cluster.wait(int(jobs["teach-specialists"]), 120) == "COMPLETED,FAILED"
     assert cluster.wait(int(jobs["distill"]), 60) == "CANCELLED"
     assert cluster.wait(int(jobs["evaluate"]), 60) == "CANCELLED"
