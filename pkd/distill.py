@@ -188,7 +188,7 @@ class Distillation:
             # Dropout and the like: the same draws however the run was interrupted.
             torch.manual_seed(derived_seed(self.recipe.seed, total_step, index, self.rank))
             logits = engine.forward(images)
-            loss, terms = pyramid_loss(logits, labels, levels, setup.schedule.batch, self.constants,
+            loss, terms = pyramid_loss(logits, labels, levels, setup.counted(ids), self.constants,
                                        self.all_logits(logits), self.joined.own)
             self.job.watchdog.waits("the gradients of the students' island")
             engine.backward(loss)

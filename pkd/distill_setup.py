@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pkd import checkpoint
@@ -117,6 +118,13 @@ class Setup:
 
     def cut_short(self, epoch: int) -> bool:
         return self.last_step(epoch) < self.schedule.steps_per_epoch
+
+    def counted(self, ids: np.ndarray) -> int:
+        """Samples of a step that its loss is a mean over: all, or where nothing is said of those without a label the others.
+        """
+        if self.asked:
+            return self.schedule.batch
+        return max(1, int((self.labels[ids] < len(self.data.classes)).sum()))
 
     def compare_views(self, epoch: int) -> None:
         """Refuse to train where ranks see different pixels for the same samples."""

@@ -59,6 +59,15 @@ def test_losses_are_equal_bit_for_bit_wherever_the_teachers_sit(tiny, partly, ow
     assert made["samples"] == samples and made["bytes"] == 2 * 2 * logits, "two views, two bytes a logit"
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_from_labels_alone_the_loss_is_a_mean_over_images_with_a_label(tiny, partly, tmp_path, world):
+    """Others say nothing, and would only make the steps of this control shorter than those of its rivals."""
+    run(world, "distill", tiny, "--run-folder", tmp_path / "run", "--steps", "3", *partly, "objective.kind=alone",
+        *["placement.kind=co-located"] * (world - 1))
+    first = list(trace(tmp_path / "run")[0]["loss"].values())
+    assert first == pytest.approx([np.log(10)] * len(first), abs=0.25), "of networks that know nothing yet"
+
+
 def test_the_digits_of_few_labels_keep_all_images_and_the_same_test_split(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "launch"))
     from hide_labels import main
