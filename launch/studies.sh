@@ -21,7 +21,7 @@ for study in "$@"; do
     arms=("paper-all=objective={kind: paper, routes: all}" "paper-batch=objective={kind: paper, denominator: batch}")
     only=${ARMS:-}
     case $study in
-        digits) arms+=("confusion=pyramid.1.partition=confusion") ;;
+        digits) arms+=("confusion=pyramid.1.partition=confusion" "random=pyramid.1.partition=random") ;;
         digits-300*)
             only=${ARMS:-alone,top,top-long,composed}
             [[ -f data/digits-300.npz ]] || .venv/bin/python launch/hide_labels.py || { status=$?; continue; } ;;

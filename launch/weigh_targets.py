@@ -23,6 +23,7 @@ from pkd.errors import UserError
 from pkd.loss import LevelTargets, composed_target
 from pkd.network_file import read_network
 from pkd.recipe_file import load_recipe
+from pkd.weights_file import INDEX
 
 WEIGHTS, TEMPERATURES = (0.25, 0.5, 0.75, 1.0), (1.0, 1.5, 2.0)
 ROWS = 500
@@ -40,6 +41,8 @@ def answers(folder: Path, images: Tensor, classes: list[str]) -> list[Answers]:
     """Of every teacher in a folder about uint8 images [n, channels, height, width]."""
     out = []
     for path in sorted((folder / "teachers").glob("*.json")):
+        if path.name.endswith(INDEX):
+            continue
         network, facts = read_network(path.with_suffix(""))
         strange = [name for name in facts["classes"] if name not in classes]
         if strange:

@@ -16,6 +16,7 @@ from pkd.files import read_json
 from pkd.models import Network
 from pkd.network_file import read_network
 from pkd.run_folder import RunFolder
+from pkd.weights_file import INDEX, ONE
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,13 @@ def _of_networks(students: list[tuple[Network, dict]]) -> Classifier:
 
 def _written(path: Path, trust_code: bool) -> tuple[Network, dict]:
     """The student whose weights, or the JSON beside them, `path` is."""
-    both = path.with_suffix(".json"), path.with_suffix(".safetensors")
-    if path not in both or not all(file.is_file() for file in both):
-        raise UserError(f"{path} is no .onnx file, nor are {both[0].name} and {both[1].name} both there: give a run folder, "
+    stem = path.with_name(path.name.removesuffix(INDEX)) if path.name.endswith(INDEX) else path.with_suffix("")
+    facts, weights = (stem.with_name(f"{stem.name}{end}") for end in (".json", ONE))
+    index = stem.with_name(stem.name + INDEX)  # of weights in several files
+    if path not in (facts, weights, index) or not facts.is_file() or not (weights.is_file() or index.is_file()):
+        raise UserError(f"{path} is no .onnx file, nor are {facts.name} and {weights.name} both there: give a run folder, "
                         "or what pkd export wrote")
-    return _exported(path.with_suffix(""), None, trust_code)
+    return _exported(stem, None, trust_code)
 
 
 def _exported(path: Path, stem: Path | None, trust_code: bool) -> tuple[Network, dict]:

@@ -12,9 +12,10 @@ from pkd.export import PREDICTION
 from pkd.files import read_json, write_bytes, write_json
 from pkd.model_card import model_card
 from pkd.models import Network
-from pkd.recipe_file import difference
+from pkd.objective import constants
+from pkd.recipe_file import difference, identity
 from pkd.run_folder import RunFolder
-from pkd.study.results import as_of_now
+from pkd.study.results import as_of_now, stored_recipe
 from pkd.weights_file import Weights, write_weights
 
 COMPARED = ("data", "views", "students", "distill")  # what is equal in all arms of a study
@@ -69,12 +70,26 @@ def _refuse_other(study: Path, arms: dict, run: RunFolder) -> None:
 
 def _arm_of(study: Path, run: RunFolder) -> str | None:
     """The arm of a study that is made as this run is, but for its seed; None where no result is of such a one."""
-    mine = as_of_now(read_json(run.path / "run.json")["recipe"]) | {"seed": 0}
+    mine = _effect(read_json(run.path / "run.json"))
     for path in sorted(study.glob("results/*.json")):
         result = read_json(path)
-        if as_of_now(result.get("recipe") or {}) | {"seed": 0} == mine:
+        if mine is not None and _effect(result) == mine:
             return result.get("arm")
     return None
+
+
+def _effect(made: dict) -> dict | None:
+    """What made the students, whichever way its recipe writes it: constants spelt out, without teachers that nobody asks.
+
+    made: what holds the recipe as it was recorded; None where that cannot be read any more.
+    """
+    recipe = stored_recipe(made)
+    if recipe is None:
+        return None
+    levels = {"alone": 0, "top": 1}.get(recipe.objective.kind, len(recipe.pyramid))
+    settings = {"objective": constants(recipe, len(recipe.pyramid)), "pyramid": recipe.pyramid[:levels],
+                "teachers": recipe.teachers if levels else None}
+    return {**identity(recipe), **settings, "seed": 0}
 
 
 def _student(folder: Path, network: Network, facts: dict) -> None:

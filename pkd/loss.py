@@ -42,8 +42,9 @@ def pyramid_loss(
 
     logits: [students, samples, classes], any float dtype; labels: int64 [samples]; levels: the asked levels from the top
     down, empty for `alone`; batch: samples of the whole optimizer step. A sample whose label is the number of classes has
-    none: terms that need a label leave it out, and it counts in `batch` where teachers speak of it. Where `logits` and `constants` are of some of the
-    students only: everyone: all students' logits, detached, for the ensemble term; own: which of them `logits` are.
+    none: terms that need a label leave it out, and it counts in `batch` where teachers speak of it. Where `logits` and
+    `constants` are of some of the students only: everyone: all students' logits, detached, for the ensemble term; own:
+    which of them `logits` are.
     Returns the scalar to differentiate, in which student s has the gradient of its own L_s only, and fp32 [students]
     tensors, detached: "ce", "kl" (composed) or "kl_level0" ... (paper, top), "ensemble", and "loss", their sum L_s.
     """

@@ -67,6 +67,11 @@ def may_try_again(run: Path, name: str, outcome: str, console: Console) -> bool:
     return False
 
 
+def goes_on() -> bool:
+    """Whether this job runs and nobody asked it to stop: what failed in it for good need not keep the rest waiting."""
+    return not signalled.yes and _job_state() in ("RUNNING", "UNKNOWN")
+
+
 def requeue(console: Console) -> bool:
     """Queue this job again; Slurm then ends this process. False where it refuses."""
     console.say(f"Slurm job {job_id()} is queued again and goes on from the last checkpoint")

@@ -1,11 +1,16 @@
-"""Results of a study that nobody ran, as `pkd study` writes them."""
+"""Results of a study that nobody ran, as `pkd study` writes them; a network's files as those of a large one."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 
+from pkd.files import read_json, write_json
 from pkd.study.figures import aggregate
 from pkd.study.results import packed
+from pkd.tensor_file import read_tensors
+from pkd.weights_file import Weights, write_weights
 
 IMAGES = 400
 
@@ -26,6 +31,17 @@ def made_up(arm: str, seed: int, accuracy: float, validation: float, control: bo
             "teachers": {"level0": {"accuracy": accuracy}} if cost else {}, "teacher_flops": cost}
 
 
-def figures_of(results: list[dict], arms: list[str], wanted: tuple[int, ...] = (0, 1)) -> dict:
-    found = aggregate("made-up", results, arms, list(wanted), 2.0, 10, len(results))
+def in_several_files(stem: Path, to: Path) -> Path:
+    """A copy of a network whose weights lie in more than one file; their index."""
+    shutil.copy(stem.with_suffix(".json"), to.with_suffix(".json"))
+    tensors = read_tensors(stem.with_suffix(".safetensors"))
+    index = write_weights(to, tensors, most=max(tensor.nbytes for tensor in tensors.values()))
+    write_json(to.with_suffix(".json"), read_json(to.with_suffix(".json")) | {"sha256": Weights(index).sha256()})
+    assert index.name.endswith(".index.json")
+    return index
+
+
+def figures_of(results: list[dict], arms: list[str], wanted: tuple[int, ...] = (0, 1),
+               controls: tuple[str, ...] = ()) -> dict:
+    found = aggregate("made-up", results, arms, list(wanted), 2.0, 10, len(results), list(controls))
     return json.loads(json.dumps(found, allow_nan=False))

@@ -1,5 +1,7 @@
 """The arms of a study: what each trains and asks, at what cost."""
 
+from dataclasses import replace
+
 import pytest
 
 from pkd.cost import network_cost
@@ -33,7 +35,7 @@ def cost_of(recipe) -> float:
 def test_students_views_and_data_are_equal_in_every_arm(changes):
     _, recipes, out = arms(*changes)
     base = load_recipe("digits", changes)
-    assert len(recipes) == 10 and set(out) == {"peers-long"}, "two teachers for 1.5 tops are what peers has"
+    assert len(recipes) == 11 and set(out) == {"peers-long"}, "two teachers for 1.5 tops are what peers has"
     for recipe in recipes.values():
         assert all(getattr(recipe, key) == getattr(base, key) for key in EQUAL)
 
@@ -42,17 +44,21 @@ def test_every_arm_asks_what_its_name_says():
     known, recipes, _ = arms()
     said = {name: constants(recipe, len(recipe.pyramid)) for name, recipe in recipes.items()}
     assert {name: own.kind for name, own in said.items()} == {
-        "alone": "alone", "top": "top", "top-t20": "top", "top-ensemble": "top", "peers": "composed", "top-long": "top",
-        "long-ensemble": "top", "paper-plain": "paper", "paper": "paper", "composed": "composed"}
+        "alone": "alone", "top": "top", "top-t20": "top", "top-ensemble": "top", "peers": "composed",
+        "peers-ensemble": "composed", "top-long": "top", "long-ensemble": "top", "paper-plain": "paper", "paper": "paper",
+        "composed": "composed"}
     assert (said["top"].temperature, said["top"].weights) == (4, (1,))
     assert (said["top-t20"].temperature, said["top-t20"].weights) == (20, (0.6,))
     assert said["paper-plain"].ensemble == (0, 0) and said["paper"].ensemble == (0.2, 0.8)
     assert said["top-ensemble"].ensemble == (0.2, 0.8), "what an ensemble loss gains is not the pyramid's"
     assert (said["top-ensemble"].temperature, said["top-ensemble"].weights) == (20, (0.6,))
     assert said["long-ensemble"] == said["top-ensemble"], "nor may it be for want of a control that costs as much"
+    assert replace(said["peers-ensemble"], kind="top") == said["top-ensemble"], "or of one with several teachers"
+    assert recipes["peers-ensemble"].pyramid == recipes["peers"].pyramid
+    assert recipes["peers-ensemble"].teachers == recipes["peers"].teachers
     assert recipes["long-ensemble"].teachers.steps == recipes["top-long"].teachers.steps
-    assert {name for name, arm in known.items() if arm.control} == {"alone", "top", "top-t20", "top-ensemble", "peers",
-                                                                    "top-long", "long-ensemble"}
+    assert {name for name, arm in known.items() if arm.control} == {
+        "alone", "top", "top-t20", "top-ensemble", "peers", "peers-ensemble", "top-long", "long-ensemble"}
 
 
 @pytest.mark.parametrize(("changes", "count"), [
@@ -74,7 +80,7 @@ def test_controls_cost_what_the_pyramid_costs():
     longest, every = recipes["top-long"].teachers.steps, recipes["composed"].teachers.steps
     assert longest > 6 * every, "a single teacher answers once, where the pyramid's five all answer: 5 without that"
     assert len(recipes["peers-long"].pyramid) == 2 and recipes["peers-long"].objective.kind == "composed"
-    for name in ("peers", "top-long", "long-ensemble", "peers-long"):
+    for name in ("peers", "peers-ensemble", "top-long", "long-ensemble", "peers-long"):
         assert known[name].control
         assert cost_of(recipes[name]) == pytest.approx(whole, rel=0.02)
     assert cost_of(recipes["alone"]) == 0 and cost_of(recipes["top"]) == pytest.approx(whole / 5, rel=0.02)
@@ -163,7 +169,14 @@ def test_arms_that_do_not_suit_the_pyramid_are_left_out_and_refused_when_asked_f
     with pytest.raises(UserError, match=r"composed was asked for, but pyramid\.1 overlaps"):
         choose(list(known.values()), out, [], ["composed"])
     _, _, out = arms("pyramid=[{teachers: 1, model: pkd_resnet_s}]")
-    assert set(out) == {"peers", "top-long", "long-ensemble", "peers-long"} and "costs 1.00 times its top" in out["peers"]
+    assert set(out) == {"peers", "peers-ensemble", "top-long", "long-ensemble", "peers-long"}
+    assert "costs 1.00 times its top" in out["peers"]
+
+
+def test_a_pyramid_that_cannot_be_built_is_refused_before_its_cost_is_asked_for():
+    for level in ("{classes: [], model: pkd_resnet_s}", "{teachers: 6, model: pkd_resnet_s}"):
+        with pytest.raises(UserError, match=r"pyramid\.1"):
+            arms(f"pyramid=[{{teachers: 1, model: pkd_resnet_s}}, {level}]")
 
 
 def test_arms_share_teachers_and_archives_where_these_are_the_same():

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from made_up import figures_of, made_up
+from made_up import figures_of, in_several_files, made_up
 from PIL import Image
 from ranks import REPOSITORY, refused, run
 from torch import nn
@@ -24,14 +24,15 @@ from pkd.classifier import open_classifier
 from pkd.console import Console
 from pkd.errors import UserError
 from pkd.export import export
-from pkd.export_hub import _preprocessing
+from pkd.export_hub import _effect, _preprocessing
 from pkd.export_onnx import export_onnx, need
 from pkd.files import new_folder, write_json
 from pkd.model_card import IMAGE, SNIPPET, _data, _source
 from pkd.models import build, description
 from pkd.recipe import Model
-from pkd.recipe_file import load_recipe
+from pkd.recipe_file import identity, load_recipe
 from pkd.run_folder import RunFolder
+from pkd.study.arms import built_in
 
 WITHOUT_PKD = """\
 import sys, torch
@@ -106,6 +107,15 @@ def test_every_format_predicts_what_the_run_predicts(exports, digits, student):
         assert torch.equal(probabilities.argmax(1), wanted.argmax(1)), place
 
 
+def test_an_export_of_weights_in_several_files_goes_by_any_of_their_names(exports, digits, tmp_path):
+    index = in_several_files(exports["safetensors"] / "mobile", tmp_path / "mobile")
+    wanted = open_classifier(exports["safetensors"], "mobile").logits(digits)
+    for place in (index, tmp_path / "mobile.json"):
+        assert torch.equal(open_classifier(place, None).logits(digits), wanted)
+    (tmp_path / "mobile.json").unlink()
+    assert "is no .onnx file" in refused(1, "predict", index, "x.png")
+
+
 def test_an_onnx_file_takes_uint8_batches_of_any_size_and_tells_its_classes_and_preprocessing(exports, digits):
     session = onnxruntime.InferenceSession(exports["onnx"] / "ensemble.onnx", providers=["CPUExecutionProvider"])
     (images,), (logits,) = session.get_inputs(), session.get_outputs()
@@ -157,6 +167,17 @@ def test_class_names_are_text_in_a_card_and_a_view_that_is_not_square_is_left_to
     assert not said["do_resize"] and not said["do_center_crop"] and said["crop_size"] == {"height": 8, "width": 12}
     square = _preprocessing({**facts, "view_size": (8, 8)})
     assert square["do_resize"] and square["do_center_crop"]
+
+
+def test_students_are_those_of_an_arm_whichever_way_the_recipe_says_it():
+    def effect(*changes):
+        return _effect({"recipe": identity(load_recipe("digits", changes))})
+    known, _ = built_in(load_recipe("digits"), (10, 1, (8, 8)), tuple("0123456789"), 1456)
+    arms = {arm.name: effect(*arm.changes, "seed=3") for arm in known}
+    assert effect("objective.kind=top") == arms["top"] and effect() == arms["composed"]
+    assert effect("objective.kind=alone", "teachers.lr=1") == arms["alone"], "nobody asks those teachers"
+    assert effect("objective.kind=top", "teachers.lr=1") not in arms.values()
+    assert len({str(own) for own in arms.values()}) == len(arms) and _effect({}) is None
 
 
 def test_a_card_states_the_arms_of_a_study_where_there_is_one(evaluated, tmp_path):

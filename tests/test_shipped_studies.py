@@ -30,9 +30,9 @@ def test_what_a_kept_study_says_follows_from_its_results(folder: Path):
     fingerprints = {read_json(path)["fingerprint"] for path in folder.glob("results/*.json")}
     assert len(fingerprints) == 1, "all arms and seeds saw the same images and split"
     results = read_results(folder, identity(recipe.model_copy(update={"seed": 0})), fingerprints.pop())
-    arms = list(dict.fromkeys([*said["arms"], *(name.rpartition("-seed-")[0] for name in said["missing"])]))
-    found = aggregate(recipe.name, results, arms, said["asked"], said["pyramid_flops"], said["classes"],
-                      all_readings(folder, results))
+    found = aggregate(recipe.name, results, said["wanted"], said["asked"], said["pyramid_flops"], said["classes"],
+                      all_readings(folder, results), said["not_run"] + [
+                          arm for arm, own in said["arms"].items() if own["control"]])
     found, said = rounded(found), rounded(said)
     found["missing"], said["missing"] = sorted(found["missing"]), sorted(said["missing"])
     for key in found.keys() - {"written"}:
@@ -92,7 +92,7 @@ def test_their_tables_are_beside_them():
     text = (REPOSITORY / "launch" / "studies" / "README.md").read_text()
     for name, said in finished().items():
         columns, *rows = (f"| {' | '.join(row)} |" for row in arms_rows(said))
-        assert f"## {name}" in text and "\n".join([columns, "|" + "---|" * (columns.count("|") - 1), *rows]) in text
+        assert f"## {name}\n" in text and "\n".join([columns, "|" + "---|" * (columns.count("|") - 1), *rows]) in text
 
 
 def test_recipes_give_the_figures_of_their_studies():

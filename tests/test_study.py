@@ -9,121 +9,23 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_up import figures_of, made_up
 from ranks import LIGHT, Ranks, refused, run, teachers, wait_for_step
 
+from pkd import slurm_job
 from pkd.cli import parse
 from pkd.console import Console
 from pkd.errors import UserError
 from pkd.files import write_json
 from pkd.lock import Lock
+from pkd.study import command
 from pkd.study.command import Study, seeds
 from pkd.study.results import all_readings, go_on_counting, keep_readings, packed, readings, right
-from pkd.study.table import arms_table, differences_table, networks_table, remarks
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=70))
 def test_what_was_right_survives_as_text(bits):
     result = {"test_images": len(bits), "correct": {"ensemble": packed(np.array(bits))}}
     assert right(result, "ensemble").tolist() == bits
-
-
-def test_the_best_control_is_chosen_by_validation():
-    arms = {"alone": (0.99, 0.75, True, 0), "top": (0.9, 0.7, True, 1), "peers": (0.6, 0.8, True, 2),
-            "composed": (0.95, 0.95, False, 2)}
-    found = figures_of([made_up(arm, seed, *own) for arm, own in arms.items() for seed in (0, 1)], list(arms))
-    assert found["best_control"] == "peers" and found["complete"] and found["missing"] == []
-    deciding = [one for one in found["differences"] if one["decides"]]
-    assert [(one["arm"], one["against"], one["network"]) for one in deciding] == [("composed", "peers", "ensemble")]
-    assert found["challenger"] == "composed"
-    against = {(one["arm"], one["against"]) for one in found["differences"]}
-    assert against == {(arm, other) for arm in arms for other in ("top", "peers") if arm != other}
-    mean, sd = found["arms"]["composed"]["networks"]["ensemble"]["accuracy"]
-    assert mean == pytest.approx(0.95, abs=0.03) and sd > 0
-    gap = next(one for one in deciding if one["arm"] == "composed")
-    assert gap["interval"][0] > 0.15 and gap["interval"][0] <= gap["difference"] <= gap["interval"][1] and gap["seeds"] == 2
-    assert found["test_readings"] == 8 and found["arms"]["composed"]["teachers"] == {"level0": 0.95}
-
-
-def test_of_equal_controls_the_one_with_the_lower_validation_loss_is_best():
-    results = [made_up(arm, seed, 0.9, 0.9, True, 1, loss) for seed in (0, 1)
-               for arm, loss in (("alone", 0.3), ("top", 0.2))]
-    found = figures_of(results, ["alone", "top"])
-    assert found["best_control"] == "top" and any("by validation on seeds 0, 1: top" in text for text in remarks(found))
-
-
-def test_an_arm_whose_teachers_cost_more_than_the_pyramid_decides_nothing():
-    results = [made_up("top", seed, 0.8, 0.8, True) for seed in (0, 1)]
-    results += [made_up(arm, seed, 0.9, accuracy, False, cost) for arm, accuracy, cost in (
-        ("composed", 0.85, 2.0), ("dear", 0.95, 2.2)) for seed in (0, 1)]
-    found = figures_of(results, ["top", "composed", "dear"])
-    assert found["challenger"] == "composed" and found["dearer"] == ["dear"]
-    assert any("teachers of dear cost more than the pyramid" in text for text in remarks(found))
-    found = figures_of([*results, *(made_up("long", seed, 0.9, 0.9, True, 2.2) for seed in (0, 1))], ["top", "composed"])
-    assert found["best_control"] == "top" and found["dearer"] == ["dear", "long"], "nor does a control"
-
-
-def test_an_unfinished_study_compares_the_seeds_that_both_arms_have():
-    results = [made_up("top", 0, 0.8, 0.8, True), made_up("peers", 0, 0.8, 0.9, True), made_up("top", 1, 0.8, 0.8, True)]
-    found = figures_of(results, ["top", "peers", "composed"])
-    assert not found["complete"] and found["missing"] == ["peers-seed-1", "composed-seed-0", "composed-seed-1"]
-    assert found["best_control"] == "top" and found["chosen_on"] == [0, 1], "peers may be better, but has one seed of two"
-    assert [(one["arm"], one["against"], one["seeds"], one["difference"]) for one in found["differences"]] == [
-        ("peers", "top", 1, 0)] * 2
-    assert found["arms"]["peers"]["networks"]["mobile"]["accuracy"][1] is None
-    said = "\n".join(remarks(found))
-    assert "single seed" in said and "composed-seed-1" in said and "read 3 times" in said
-    assert arms_table(found).row_count == 2 and differences_table(found).row_count == 1
-    assert networks_table(found).row_count == sum(len(own["networks"]) for own in found["arms"].values()) == 4
-
-
-@pytest.mark.parametrize("arm", ["peers", "paper"])
-def test_an_arm_that_was_screened_only_blocks_the_verdict_if_it_was_better_and_is_left_behind_if_not(arm):
-    """Screened with one seed, confirmed with three: no choice rests on a single seed."""
-    control, arms = arm == "peers", ["top", "top-long", "composed"]
-    confirmed = [made_up("top", seed, 0.8, 0.8, True) for seed in range(3)]
-    confirmed += [made_up("top-long", seed, 0.8, 0.79 + 0.02 * (seed == 0), True, 2.0) for seed in range(3)]
-    confirmed += [made_up("composed", seed, 0.95, 0.85, cost=2.0) for seed in range(3)]
-    found = figures_of([*confirmed, made_up(arm, 0, 0.9, 0.9, control, 2.0)], arms, (0, 1, 2))
-    assert (found["best_control"], found["challenger"], found["chosen_on"]) == ("top", "composed", [0, 1, 2])
-    assert not any(one["decides"] for one in found["differences"])
-    assert any(f"{arm}, better on the seeds that it has, lacks seeds" in text and "--seeds 1,2," in text
-               for text in remarks(found))
-    for many in (1, 3):
-        more = [made_up(arm, seed, 0.9, 0.7, control, 2.0) for seed in range(many)]
-        found = figures_of([*confirmed, *more], arms, (0, 1, 2))
-        assert [(one["arm"], one["against"]) for one in found["differences"] if one["decides"]] == [("composed", "top")]
-    assert not any("single seed" in text for text in remarks(found))
-
-
-def test_a_control_of_the_pyramids_compute_must_have_all_seeds_too():
-    results = [made_up("top", seed, 0.8, 0.8, True) for seed in range(3)]
-    results += [made_up("composed", seed, 0.95, 0.95) for seed in range(3)] + [made_up("peers", 0, 0.7, 0.7, True, 2.0)]
-    found = figures_of(results, ["top", "composed"], (0, 1, 2))
-    assert not any(one["decides"] for one in found["differences"])
-    assert any("no control that has all seeds asked for had the compute" in text for text in remarks(found))
-
-
-@pytest.mark.parametrize("arms, seeds, reason", [
-    ({"peers": 2.0}, 2, None),
-    ({"peers": 2.0, "top-long": None}, 2, "top-long may be better and have no seed"),
-    ({"top": 1.0}, 2, "had the compute of the pyramid"),
-    ({"peers": 2.0}, 1, "composed, the best of the arms that are no controls, has a single seed"),
-    ({"peers": 2.0}, 1, "composed lacks seeds that are asked for: run it with --seeds 1,"),
-])
-def test_nothing_decides_before_there_is_nothing_left_to_choose_from(arms, seeds, reason):
-    """arms: the controls' cost, None for one that has no result."""
-    results = [made_up(arm, seed, 0.8, 0.8, True, cost) for arm, cost in arms.items() if cost for seed in range(seeds)]
-    results += [made_up("composed", seed, 0.95, 0.95, False, 2.0) for seed in range(seeds)]
-    found = figures_of(results, [*arms, "composed"])
-    assert [(one["arm"], one["network"]) for one in found["differences"] if one["decides"]] == (
-        [] if reason else [("composed", "ensemble")])
-    assert reason is None or any(reason in text for text in remarks(found))
-
-
-def test_nothing_finished_yet_is_no_error():
-    found = figures_of([], ["top"])
-    assert found["best_control"] is None and found["arms"] == {} and not found["complete"]
 
 
 def test_seeds_are_so_many_or_these():
@@ -244,22 +146,21 @@ def test_results_outlive_keys_that_recipes_get_later(studied, tiny, tmp_path):
     assert "no result yet" in refused(1, *words(tiny, tmp_path / "other"), "--table")
 
 
-def test_a_choice_among_seeds_is_no_choice_among_verdicts():
-    """Seeds that all arms have count, whether a call names them or not."""
-    results = [made_up("top", seed, 0.8, 0.8, True, 2.0) for seed in range(3)]
-    results += [made_up("composed", seed, 0.9, 0.9, False, 2.0) for seed in range(3)]
-    assert figures_of(results, ["top", "composed"], (0, 1)) | {"written": 0} == \
-        figures_of(results, ["top", "composed"], (0, 1, 2)) | {"written": 0}
-
-
-def test_students_of_other_batches_decide_nothing_and_results_of_other_versions_are_told():
-    results = [made_up(arm, seed, accuracy, accuracy, control, 2.0) for seed in range(3)
-               for arm, accuracy, control in (("top", 0.8, True), ("composed", 0.9, False))]
-    results[0] |= {"micro_batch": 16, "made_by": "another pkd"}
-    found = figures_of(results, ["top", "composed"], (0, 1, 2))
-    assert not any(one["decides"] for one in found["differences"])
-    said = " ".join(remarks(found))
-    assert "saw 16 or 32 samples at once" in said and "results are of another pkd and of pkd" in said
+@pytest.mark.parametrize(("state", "stopping", "tried"), [
+    ("RUNNING", False, ["alone", "top"]), ("COMPLETING", False, ["alone"]), ("RUNNING", True, ["alone"])])
+def test_in_a_slurm_job_an_arm_that_fails_for_good_does_not_keep_the_others_waiting(tiny, tmp_path, monkeypatch, state,
+                                                                                   stopping, tried):
+    """Unless the job is cancelled, queued again or about to be stopped."""
+    seen = []
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setattr(slurm_job, "_job_state", lambda: state)
+    monkeypatch.setattr(slurm_job.signalled, "yes", stopping)
+    monkeypatch.setattr(command, "run_phases", lambda order, console, dry: seen.append(order.run.name) or 1)
+    study = Study(parse(["study", str(tiny), "--study-folder", str(tmp_path), "--seeds", "0,", "--arms", "alone,top",
+                         "--on", "srun"]), Console(quiet=True))
+    assert study.run() == 1
+    assert ["alone" if "alone" in name else "top" for name in seen] == tried, "of top its teachers"
 
 
 def test_readings_of_the_test_split_are_counted_over_runs_that_were_deleted(tmp_path):
@@ -279,18 +180,21 @@ def test_readings_of_the_test_split_are_counted_over_runs_that_were_deleted(tmp_
             assert not list(tmp_path.iterdir())
     gone = {"arm": "alone", "seed": 0, "test_readings": 2}
     assert all_readings(tmp_path, [gone, {**gone, "arm": "top", "seed": 4}]) == 2 + 3 + 3 + 4 + 2
+    before = all_readings(tmp_path, [])
+    write_json(tmp_path / "runs" / "top-seed-7" / "test-readings.json", {"test_readings": 2})
+    assert all_readings(tmp_path, []) == before + 2, "by one that was killed before it was written down"
 
 
 def test_an_arm_of_ones_own_without_specialists_is_a_control(tiny, tmp_path):
     own = {"soft": "objective.temperature=2", "two": "pyramid=[{teachers: 1, model: pkd_resnet_s}, {teachers: 1, model: "
            "pkd_resnet_s}] objective={kind: composed}", "half": "pyramid.2.classes=[[0, 1]] objective={kind: paper}",
-           "only": "objective={kind: top, temperature: 2}"}
+           "only": "objective={kind: top, temperature: 2}", "unheard": "objective={kind: paper, weights: [0.6, 0, 0]}"}
     given = [word for name, changes in own.items() for word in ("--arm", f"{name}={changes}")]
     study = Study(parse(["study", str(tiny), "objective.kind=composed", "--study-folder", str(tmp_path), "--seeds", "0,",
                          *given]), Console(quiet=True))
     controls = {trial.arm.name for trial in study.trials if trial.arm.control}
-    assert controls == {"alone", "top", "top-t20", "top-ensemble", "peers", "top-long", "long-ensemble",
-                        "peers-long", "two", "only"}
+    assert controls == {"alone", "top", "top-t20", "top-ensemble", "peers", "peers-ensemble", "top-long", "long-ensemble",
+                        "peers-long", "two", "only", "unheard"}
 
 
 def test_results_of_other_settings_are_refused(studied, tiny, tmp_path):

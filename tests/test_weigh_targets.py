@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from made_up import in_several_files
 from ranks import REPOSITORY
 
 from pkd.data import load_data
@@ -35,6 +36,7 @@ def test_the_composed_target_of_three_levels_is_the_mean_of_their_chain_rules():
 
 def test_it_tells_accuracies_on_validation_images_and_which_target_is_pkds(tiny, taught, tmp_path, capsys):
     shutil.copytree(taught, tmp_path / "again")
+    in_several_files(taught / "teachers" / "level0", tmp_path / "again" / "teachers" / "level0")
     assert main([str(tiny), str(taught), str(tmp_path / "again")]) == 0
     said = capsys.readouterr().out
     data = load_data(load_recipe(str(tiny)).data)

@@ -51,7 +51,8 @@ def _cards(study: Study) -> list[tuple[str, str]]:
     measured = {name: arm for name, arm in study.measured.items()
                 if asked <= set(arm["seeds"]) and name not in study.tree["dearer"]}
     if measured and study.tree["complete"]:  # else over different seeds
-        best = max(measured, key=lambda name: measured[name]["networks"][ENSEMBLE]["validation_accuracy"][0])
+        best = max(measured, key=lambda name: (measured[name]["networks"][ENSEMBLE]["validation_accuracy"][0],
+                                               -measured[name]["networks"][ENSEMBLE]["validation_loss"][0]))
         cards.append((percent(study.accuracy(best)), f"ensemble of the arm that is best by validation: {best}"))
     if study.control in study.measured:
         cards.append((percent(study.accuracy(study.control)),

@@ -34,7 +34,7 @@ def pyramid_flops(recipe: Recipe, shape: Shape, samples: int) -> tuple[float, fl
     """
     costs, recipe = [], recipe.model_copy(update={"objective": Objective(kind="composed")})
     for level in recipe.pyramid:
-        counts = [len(group) for group in level.classes or ()] or [-(-shape[0] // level.teachers)] * level.teachers
+        counts = [-(-shape[0] // level.teachers)] * level.teachers if level.classes is None else map(len, level.classes)
         costs.append(sum(teacher_flops(recipe, level, count, shape, samples) for count in counts))
     return sum(costs), costs[0]
 
@@ -70,6 +70,7 @@ def built_in(recipe: Recipe, shape: Shape, classes: tuple[str, ...],
     """The arms that every study has, and those that do not suit this recipe: name -> why. samples: training images that
     students see.
     """
+    build_pyramid(foreseen(recipe.pyramid), classes, recipe.seed)  # one that cannot be built has no cost
     whole, top = pyramid_flops(recipe, shape, samples)
     ratio, steps = whole / top, recipe.training(0).steps
     count = max(2, int(ratio + 0.5))
@@ -108,6 +109,9 @@ def built_in(recipe: Recipe, shape: Shape, classes: tuple[str, ...],
         *[Arm("top-own", f"the top teacher, {its}", (only, _as("objective", like)), True)] * (mine not in known),
         Arm("peers", f"the mean of {count} teachers that know every class, each trained {each / steps:.2f} times as long",
             (_as("pyramid", [free] * count), f"teachers.steps={each}", _as("objective", composed)), True),
+        *[Arm("peers-ensemble", f"peers, {jointly}", (_as("pyramid", [free] * count), f"teachers.steps={each}",
+                                                      _as("objective", joint | {"kind": "composed"})), True)]
+        * any(its_paper.ensemble),
         Arm("top-long", f"one top teacher, trained {long / steps:.1f} times as long, {its}",
             (_as("pyramid", [free]), f"teachers.steps={long}", _as("objective", best)), True),
         *[Arm("long-ensemble", f"one top teacher, trained {long / steps:.1f} times as long, {jointly}",
@@ -122,7 +126,7 @@ def built_in(recipe: Recipe, shape: Shape, classes: tuple[str, ...],
     ]
     if recipe.objective.kind in ("alone", "top") and constants(recipe, len(recipe.pyramid)) not in known:
         arms.append(Arm("recipe", "the recipe as it is", ()))
-    out = _unsuitable(recipe, classes, ratio, count, {"peers": each, "peers-long": half})
+    out = _unsuitable(recipe, classes, ratio, count, {"peers": each, "peers-ensemble": each, "peers-long": half})
     return [arm for arm in arms if arm.name not in out], out
 
 
@@ -139,7 +143,8 @@ def _unsuitable(recipe: Recipe, classes: tuple[str, ...], ratio: float, count: i
             out[name] = (f"the pyramid costs {ratio:.2f} times its top, much of it for answers: several of the top's kind "
                          f"would be trained for {its} of its {steps} steps each")
     if ratio < LONGER:
-        out["peers"] = f"the pyramid costs {ratio:.2f} times its top, which buys no second teacher"
+        for name in ("peers", "peers-ensemble"):
+            out[name] = f"the pyramid costs {ratio:.2f} times its top, which buys no second teacher"
         for name in ("top-long", "long-ensemble"):
             out[name] = f"the pyramid costs {ratio:.2f} times its top, which buys no longer training"
     if count == 2:
@@ -166,8 +171,9 @@ def own_arm(text: str) -> Arm:
 
 
 def is_control(recipe: Recipe, classes: tuple[str, ...]) -> bool:
-    """Whether an arm has no specialist: then a pyramid must beat it, whoever thought of it."""
-    if recipe.objective.kind in ("alone", "top"):
+    """Whether an arm has no specialist that counts: then a pyramid must beat it, whoever thought of it."""
+    its = constants(recipe, len(recipe.pyramid))
+    if its.kind in ("alone", "top") or (its.kind == "paper" and not any(its.weights[1:])):
         return True
     pyramid = build_pyramid(foreseen(recipe.pyramid), classes, recipe.seed)
     return all(len(teacher.classes) == len(classes) for teacher in pyramid.teachers)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from pkd import slurm_chain
+from pkd import slurm_chain, slurm_job
 from pkd.console import Console
 from pkd.data import DataSet, load_data
 from pkd.errors import UserError
@@ -77,12 +77,13 @@ class Study:
         self.shape = (len(self.data.classes), self.data.channels, self.data.size)
         self.samples = len(self.data.students_see)
         known, self.left_out = built_in(self.base, self.shape, self.data.classes, self.samples)
+        self.controls = [arm.name for arm in known if arm.control]
         wanted = arguments.arms.split(",") if arguments.arms else None
         self.arms = choose(known, self.left_out, [own_arm(text) for text in arguments.arm], wanted)
         self.trials = [self._trial(arm, seed) for seed in self.seeds for arm in self.arms]
         self.shown: set[Path] = set()  # by a dry run
         self.identity = identity(self.base.model_copy(update={"seed": 0}))
-        mine = {arm.name: arm for arm in self.arms}
+        mine = {arm.name: arm for arm in [*known, *self.arms]}  # what this call does not ask for is compared, too
         for found in self.results():  # of other seeds, too: an arm is one thing
             if found["arm"] in mine:
                 refuse_other(self.folder, found, self._trial(mine[found["arm"]], found["seed"]).recipe)
@@ -143,7 +144,7 @@ class Study:
                 except UserError as error:
                     self.console.error(f"pkd: {error}")
                     code = REFUSED
-                if code == REFUSED or (code and not self.way.startswith("srun")):
+                if code == REFUSED or (code and (not self.way.startswith("srun") or slurm_job.goes_on())):
                     ended[trial.name] = code  # it would end so again; the other arms need not wait for its mending
                     continue
                 if code is not None:  # stopped, or queued again by Slurm
@@ -217,7 +218,7 @@ class Study:
         results = self.results()
         found = aggregate(self.base.name, results, [arm.name for arm in self.arms], self.seeds,
                           pyramid_flops(self.base, self.shape, self.samples)[0], len(self.data.classes),
-                          all_readings(self.folder, results))
+                          all_readings(self.folder, results), self.controls)
         write_json(self.folder / "study.json", found)
         return found
 

@@ -4,19 +4,22 @@ import time
 
 import numpy as np
 
+from pkd.objective import constants
 from pkd.predictions import ENSEMBLE
 from pkd.study.arms import LONGER
-from pkd.study.results import right
+from pkd.study.results import right, stored_recipe
 from pkd.study.statistics import RESAMPLES, crossed_bootstrap, mean_sd
 
 FIGURES = ("accuracy", "loss", "calibration_error", "validation_accuracy", "validation_loss")
 YARDSTICK = "top"  # every arm is compared with it, and with the best control
+FEWEST = 6  # images that two arms must differ on to be told apart: of five, all for one arm, a sign test is not sure
 
 
 def aggregate(name: str, results: list[dict], order: list[str], seeds: list[int], pyramid_flops: float,
-              classes: int, readings: int) -> dict:
+              classes: int, readings: int, controls: list[str]) -> dict:
     """order: the study's arms, seeds: those that are asked for; seeds that all of these arms have count as asked for, too,
     and other arms that have results come after them. readings: of the test split, with those of results that are gone.
+    controls: those that suit the recipe, whether or not this study has them.
 
     The best control and the challenger, the best of the other arms, are chosen by _best() among arms whose teachers cost no
     more than the pyramid's. The difference between these two decides, unless _undecided() knows why not.
@@ -29,19 +32,26 @@ def aggregate(name: str, results: list[dict], order: list[str], seeds: list[int]
     seeds = sorted({*seeds, *shared})  # a choice among seeds would be one among verdicts
     most = LONGER * pyramid_flops
     fair = [arm for arm in arms if arms[arm]["teacher_flops"] <= most]
-    (best, chosen_on, rivals), (challenger, _, others) = (
-        _best({arm: by_arm[arm] for arm in fair if arms[arm]["control"] == control}, seeds) for control in (True, False))
-    equal = any(arms[arm]["control"] and arms[arm]["teacher_flops"] * LONGER >= pyramid_flops
-                and set(seeds) <= set(by_arm[arm]) for arm in fair)
-    undecided = _undecided(by_arm, order, seeds, (best, challenger), rivals + others, equal)
-    verdict = None if undecided else (challenger, best)
+    judged, more = list(seeds), None
+    while judged != more:  # those that the two have in common decide: then they must have been chosen on these, too
+        judged = more or judged
+        (best, chosen_on, rivals), (challenger, _, others) = (
+            _best({arm: by_arm[arm] for arm in fair if arms[arm]["control"] == kind}, judged) for kind in (True, False))
+        more = sorted({*judged, *(set(by_arm[best]) & set(by_arm[challenger]) if best and challenger else ())})
+    whole = [arm for arm in fair if arms[arm]["control"] and set(judged) <= set(by_arm[arm])]
+    equal = any(arms[arm]["teacher_flops"] * LONGER >= pyramid_flops for arm in whole)
     differences = [difference for arm in arms for against in dict.fromkeys(a for a in (YARDSTICK, best) if a in arms)
-                   if against != arm
-                   for difference in _differences(by_arm, arm, against, (arm, against) == verdict)]
+                   if against != arm for difference in _differences(by_arm, arm, against)]
+    verdict = next((one for one in differences
+                    if (one["arm"], one["against"], one["network"]) == (challenger, best, ENSEMBLE)), None)
+    undecided = _undecided(by_arm, order, judged, (best, challenger), rivals + others, equal) \
+        + _unlike(by_arm, challenger, whole) + _few(by_arm, verdict)
+    if verdict:
+        verdict["decides"] = not undecided
     return {
         "recipe": name, "written": time.time(), "classes": classes,
         **{key: results[0].get(key) if results else None for key in ("study", "fingerprint", "test_images")},
-        "seeds": sorted({result["seed"] for result in results}), "asked": list(seeds),
+        "wanted": list(order), "seeds": sorted({result["seed"] for result in results}), "asked": list(seeds),
         "test_readings": readings,
         "complete": all(seed in by_arm[arm] for arm in order for seed in seeds),
         "missing": [f"{arm}-seed-{seed}" for arm in order for seed in seeds if seed not in by_arm[arm]],
@@ -49,6 +59,7 @@ def aggregate(name: str, results: list[dict], order: list[str], seeds: list[int]
         "micro_batches": sorted({result["micro_batch"] for result in results}),
         "made_by": sorted({result["made_by"] for result in results}), "pyramid_flops": pyramid_flops,
         "arms": arms, "best_control": best, "chosen_on": chosen_on, "challenger": challenger, "undecided": undecided,
+        "not_run": [arm for arm in controls if arm not in arms],
         "dearer": [arm for arm in arms if arms[arm]["teacher_flops"] > most], "differences": differences}
 
 
@@ -79,6 +90,36 @@ def _undecided(by_arm: dict[str, dict[int, dict]], order: list[str], seeds: list
             out.append(f"nothing decides yet, for {arm}{why} lacks seeds that are asked for: run it with --seeds "
                        f"{','.join(map(str, lacks))},")
     return out
+
+
+def _unlike(by_arm: dict[str, dict[int, dict]], challenger: str | None, controls: list[str]) -> list[str]:
+    """Why the challenger's gain may be that of its teachers' settings or of its constants: no control has them."""
+    mine = _settings(by_arm[challenger]) if challenger else None
+    if mine is None or any(_settings(by_arm[arm]) == mine for arm in controls):
+        return []
+    return [f"nothing decides, for no control with all seeds has the temperature, first weight, ensemble loss and teachers' "
+            f"settings of {challenger}: run one that has, or set in the recipe itself what this arm changes, which gives "
+            "controls the same"]
+
+
+def _settings(own: dict[int, dict]) -> tuple | None:
+    """What an arm could owe a gain to that is not its pyramid; steps are what costs are made equal by."""
+    recipe = stored_recipe(next(iter(own.values())))
+    if recipe is None:
+        return None
+    its = constants(recipe, len(recipe.pyramid))
+    return its.temperature, its.weights[:1], its.ensemble, recipe.teachers.model_copy(update={"steps": 1})
+
+
+def _few(by_arm: dict[str, dict[int, dict]], one: dict | None) -> list[str]:
+    """Of an interval without 0 that rests on images so few that drawing them anew says too little."""
+    if one is None or one["interval"][0] <= 0 <= one["interval"][1]:
+        return []
+    arm, against = by_arm[one["arm"]], by_arm[one["against"]]
+    gap = sum(right(arm[seed], ENSEMBLE).astype(int) - right(against[seed], ENSEMBLE) for seed in set(arm) & set(against))
+    count = int(np.count_nonzero(gap))
+    return [f"nothing decides, for {one['arm']} and {one['against']} differ on {count} test images only, and chance could "
+            f"have it so with fewer than {FEWEST}: take a larger test split"] * (count < FEWEST)
 
 
 def _arm(own: dict[int, dict]) -> dict:
@@ -118,7 +159,7 @@ def _best(arms: dict[str, dict[int, dict]], asked: list[int]) -> tuple[str | Non
     return best, sorted(shared), rivals
 
 
-def _differences(by_arm: dict[str, dict[int, dict]], arm: str, against: str, decides: bool) -> list[dict]:
+def _differences(by_arm: dict[str, dict[int, dict]], arm: str, against: str) -> list[dict]:
     """Of every network that both arms have, over the seeds that both have finished."""
     seeds = sorted(set(by_arm[arm]) & set(by_arm[against]))
     if not seeds:
@@ -130,5 +171,5 @@ def _differences(by_arm: dict[str, dict[int, dict]], arm: str, against: str, dec
         # Ends of an ensemble's interval, which may decide, are to be sure to about a hundredth of its width.
         difference, low, high = crossed_bootstrap(one, other, RESAMPLES * (10 if name == ENSEMBLE else 1))
         out.append({"arm": arm, "against": against, "network": name, "difference": difference, "interval": [low, high],
-                    "seeds": len(seeds), "decides": decides and name == ENSEMBLE})
+                    "seeds": len(seeds), "decides": False})
     return out

@@ -61,8 +61,10 @@ def readings(folder: Path, arm: str, seed: int) -> int:
 
 def all_readings(folder: Path, results: list[dict]) -> int:
     """How often the test split was read for a study, for results that are gone as well."""
-    files = ((path.name.removesuffix(".json"), read_json(path)) for path in (folder / "readings").glob("*.json"))
-    counts = {name: found["test_readings"] for name, found in files}
+    counts: dict[str, int] = {}
+    kept = [(path.stem, path) for path in (folder / "readings").glob("*.json")]
+    for name, path in [*kept, *((path.parent.name, path) for path in (folder / "runs").glob(f"*/{COUNT}"))]:
+        counts[name] = max(counts.get(name, 0), read_json(path)["test_readings"])
     for result in results:
         name = f"{result['arm']}-seed-{result['seed']}"
         counts[name] = max(counts.get(name, 0), result["test_readings"])
@@ -139,6 +141,14 @@ def as_of_now(stored: dict) -> dict:
         return {**identity(parse_recipe({**tree, "name": "stored"})), "dtypes": stored["dtypes"]}
     except (UserError, KeyError):  # of keys that there are no more, or none of a recipe
         return stored
+
+
+def stored_recipe(result: dict) -> Recipe | None:
+    """Of the arm that a result is of; None where it does not tell."""
+    try:
+        return parse_recipe({**{key: value for key, value in result["recipe"].items() if key != "dtypes"}, "name": "stored"})
+    except (UserError, KeyError):
+        return None
 
 
 def packed(right: np.ndarray) -> str:

@@ -84,11 +84,18 @@ def remarks(study: dict) -> list[str]:
 
 
 def unequal(study: dict) -> list[str]:
-    """Whether students of different arms or seeds saw batches of different sizes, or ran on other machines or versions."""
-    sizes, made = study["micro_batches"], study["made_by"]
-    return [f"students of some arms or seeds saw {' or '.join(map(str, sizes))} samples at once, for they ran on other "
-            "numbers of ranks, in other groups or with other accumulation: their batch statistics differ in more than the "
-            "arm"] * (len(sizes) > 1) + [f"results are of {' and of '.join(made)}"] * (len(made) > 1)
+    """Whether networks saw batches of different sizes where they should not, or ran on other machines or versions."""
+    sizes, made, out = study["micro_batches"], study["made_by"], []
+    if len(sizes) > 1:
+        out.append(f"students of some arms or seeds saw {' or '.join(map(str, sizes))} samples at once, for they ran on "
+                   "other numbers of ranks, in other groups or with other accumulation: their batch statistics differ in "
+                   "more than the arm")
+    if max(study["world_sizes"], default=1) > 1:
+        out.append("teachers that know every class were trained on several ranks, specialists on one each, so that batch "
+                   "statistics of the former are of fewer samples")
+    if len(made) > 1:
+        out.append(f"results are of {' and of '.join(made)}")
+    return out
 
 
 def coverage(study: dict) -> list[str]:
@@ -100,6 +107,8 @@ def coverage(study: dict) -> list[str]:
 def caveats(study: dict) -> list[str]:
     """Why nothing decides yet, and what else a reader of the differences must know; a sentence each."""
     out = study["undecided"] + coverage(study) + unequal(study)
+    if study.get("not_run"):
+        out.append(f"controls that were not run: {', '.join(study['not_run'])}; the best control is that of the others")
     if study["dearer"]:
         out.append(f"teachers of {', '.join(study['dearer'])} cost more than the pyramid, for which the controls are not "
                    "made: such an arm decides nothing")
