@@ -69,7 +69,8 @@ def placement(facts: Facts) -> Section | None:
     placed = facts.placement
     if not placed:
         return None
-    asked = f"{counted(len(placed.sources), 'source')} of soft targets" if placed.sources else "no teacher asked"
+    asked = f"{counted(len(placed.sources), 'source')} of soft targets" if placed.sources else \
+        "no teacher asked" if facts.recipe["objective"]["kind"] == "alone" else "soft targets from an archive"
     text = [f"{placed.kind}: {placed.student_ranks} of {counted(placed.world, 'rank')} for students, {asked}."]
     if placed.why:
         text.append(placed.why)

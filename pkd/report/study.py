@@ -53,7 +53,8 @@ def _cards(study: Study) -> list[tuple[str, str]]:
     if measured and study.tree["complete"]:  # else over different seeds
         best = max(measured, key=lambda name: (measured[name]["networks"][ENSEMBLE]["validation_accuracy"][0],
                                                -measured[name]["networks"][ENSEMBLE]["validation_loss"][0]))
-        cards.append((percent(study.accuracy(best)), f"ensemble of the arm that is best by validation: {best}"))
+        if best != study.control:
+            cards.append((percent(study.accuracy(best)), f"ensemble of the arm that is best by validation: {best}"))
     if study.control in study.measured:
         cards.append((percent(study.accuracy(study.control)),
                       f"best control, chosen by validation: {study.control}"))

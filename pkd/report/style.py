@@ -2,6 +2,7 @@
 
 import base64
 import io
+import logging
 import re
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from matplotlib import font_manager
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # that a font has no bold letters is nobody's concern
 # matplotlib's own, then what may be there for letters that it lacks; a page's texts are the browser's.
 FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Droid Sans Fallback", "IPAGothic", "WenQuanYi Zen Hei")
 NOTHING = "-"  # in place of a figure that is not there
