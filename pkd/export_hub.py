@@ -89,7 +89,7 @@ def _effect(made: dict) -> dict | None:
     levels = {"alone": 0, "top": 1}.get(recipe.objective.kind, len(recipe.pyramid))
     settings = {"objective": constants(recipe, len(recipe.pyramid)), "pyramid": recipe.pyramid[:levels],
                 "teachers": recipe.teachers if levels else None}
-    return {**identity(recipe), **settings, "seed": 0}
+    return {**identity(recipe), **settings, "dtypes": made["recipe"].get("dtypes"), "seed": 0}
 
 
 def _student(folder: Path, network: Network, facts: dict) -> None:

@@ -76,9 +76,10 @@ def requeue(console: Console) -> bool:
     """Queue this job again; Slurm then ends this process. False where it refuses."""
     console.say(f"Slurm job {job_id()} is queued again and goes on from the last checkpoint")
     sys.stdout.flush()
-    signalled.yes = False
+    before, signalled.yes = signalled.yes, False
     asked = subprocess.run(["scontrol", "requeue", job_id()], capture_output=True, text=True)
     if asked.returncode:
+        signalled.yes |= before  # the time is as nearly up as it was: nothing more is to be begun
         console.error(f"pkd: Slurm did not queue the job again ({asked.stderr.strip()}): submit the same job, it goes on")
         return False
     for number in (signal.SIGTERM, signal.SIGUSR1):  # not before Slurm has heard: it may be slow, and the time nearly up

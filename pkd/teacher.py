@@ -162,7 +162,8 @@ class LaidOut(nn.Conv2d):
     """A convolution that lays its weights out channels last at each call: kernels, and so last bits, go by that."""
 
     def _conv_forward(self, images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return super()._conv_forward(images, weight.contiguous(memory_format=torch.channels_last), bias)
+        # Not contiguous(): to it weights of one channel or pixel lie so already, but kernels go by the very strides.
+        return super()._conv_forward(images, weight.to(memory_format=torch.channels_last), bias)
 
 
 def images_last(wish: bool | None, device: torch.device) -> bool:

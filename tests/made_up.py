@@ -2,17 +2,24 @@
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from pkd.files import read_json, write_json
+from pkd.recipe_file import identity, load_recipe
 from pkd.study.figures import aggregate
 from pkd.study.results import packed
 from pkd.tensor_file import read_tensors
 from pkd.weights_file import Weights, write_weights
 
 IMAGES = 400
+
+
+@cache
+def recipe_as_recorded(kind: str) -> dict:
+    return identity(load_recipe("digits", [f"objective.kind={kind}"]))
 
 
 def made_up(arm: str, seed: int, accuracy: float, validation: float, control: bool = False, cost: float = 1.0,
@@ -27,7 +34,7 @@ def made_up(arm: str, seed: int, accuracy: float, validation: float, control: bo
         correct[name] = packed(right)
     return {"arm": arm, "title": arm, "control": control, "changes": [], "seed": seed, "test_readings": 1,
             "test_images": IMAGES, "world_size": 1, "micro_batch": 32, "made_by": "pkd", "networks": networks,
-            "correct": correct, "student_flops": 5.0,
+            "correct": correct, "student_flops": 5.0, "recipe": recipe_as_recorded("top" if control else "composed"),
             "teachers": {"level0": {"accuracy": accuracy}} if cost else {}, "teacher_flops": cost}
 
 

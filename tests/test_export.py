@@ -178,6 +178,8 @@ def test_students_are_those_of_an_arm_whichever_way_the_recipe_says_it():
     assert effect("objective.kind=alone", "teachers.lr=1") == arms["alone"], "nobody asks those teachers"
     assert effect("objective.kind=top", "teachers.lr=1") not in arms.values()
     assert len({str(own) for own in arms.values()}) == len(arms) and _effect({}) is None
+    recorded = identity(load_recipe("digits"))
+    assert _effect({"recipe": {**recorded, "dtypes": "bf16"}}) != arms["composed"] == _effect({"recipe": recorded})
 
 
 def test_a_card_states_the_arms_of_a_study_where_there_is_one(evaluated, tmp_path):

@@ -20,6 +20,7 @@ from pkd.recipe import Recipe
 from pkd.recipe_file import load_recipe
 from pkd.shipped import shipped_names
 from pkd.sources import FASHION
+from pkd.study.results import micro_batch
 
 RECIPES = shipped_names("recipes")
 FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis", "Hernia",
@@ -113,6 +114,7 @@ def test_the_recipes_of_the_paper_have_its_published_constants():
             (0.9, "plateau", 3)}
         assert (recipe.distill.batch, recipe.distill.epochs, recipe.data.seed) == (batch, 500, seed)
         assert recipe.distill.sync_batch_norm, "batch statistics are of the whole batch, as in its one process"
+        assert micro_batch(recipe, {"student_ranks": 2, "groups": 1, "accumulation": 1}) == batch
         assert (recipe.objective.kind, recipe.objective.temperature) == ("paper", 20)
         assert not any((recipe.objective.routes, recipe.objective.denominator)), "the kind's own, which are the paper's"
         assert recipe.views.different == 1, "no augmentation"

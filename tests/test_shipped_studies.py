@@ -30,7 +30,7 @@ def test_what_a_kept_study_says_follows_from_its_results(folder: Path):
     fingerprints = {read_json(path)["fingerprint"] for path in folder.glob("results/*.json")}
     assert len(fingerprints) == 1, "all arms and seeds saw the same images and split"
     results = read_results(folder, identity(recipe.model_copy(update={"seed": 0})), fingerprints.pop())
-    found = aggregate(recipe.name, results, said["wanted"], said["asked"], said["pyramid_flops"], said["classes"],
+    found = aggregate(recipe.name, results, said["arms_asked"], said["asked"], said["pyramid_flops"], said["classes"],
                       all_readings(folder, results), said["not_run"] + [
                           arm for arm, own in said["arms"].items() if own["control"]])
     found, said = rounded(found), rounded(said)

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,6 +43,16 @@ def test_fruitless_starts_are_counted_by_outcome_and_begin_anew_after_giving_up(
     assert all(again("distill", outcome) for outcome in kinds), "a stop between failures does not make up for them"
     assert not again("distill", "failed")
     assert all(again("distill", "failed") for _ in range(TRIES["failed"] - 1))
+
+
+def test_a_stop_that_slurm_does_not_queue_again_stays_a_stop(monkeypatch):
+    """So that a study begins no further arm in the seconds that are left."""
+    monkeypatch.setenv("SLURM_JOB_ID", "70")
+    monkeypatch.setattr(slurm_job, "_job_state", lambda: "RUNNING")
+    monkeypatch.setattr(slurm_job.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="no"))
+    for stopped in (True, False):
+        monkeypatch.setattr(slurm_job.signalled, "yes", stopped)
+        assert not slurm_job.requeue(Console(quiet=True)) and slurm_job.goes_on() is not stopped
 
 
 def test_only_a_teachers_own_progress_gives_it_new_tries(again, tmp_path):

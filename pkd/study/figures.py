@@ -22,7 +22,7 @@ def aggregate(name: str, results: list[dict], order: list[str], seeds: list[int]
     controls: those that suit the recipe, whether or not this study has them.
 
     The best control and the challenger, the best of the other arms, are chosen by _best() among arms whose teachers cost no
-    more than the pyramid's. The difference between these two decides, unless _undecided() knows why not.
+    more than the pyramid's. The difference between these two decides, unless _undecided(), _unlike() or _few() know why not.
     """
     by_arm: dict[str, dict[int, dict]] = {arm: {} for arm in order}
     for result in results:
@@ -39,19 +39,19 @@ def aggregate(name: str, results: list[dict], order: list[str], seeds: list[int]
             _best({arm: by_arm[arm] for arm in fair if arms[arm]["control"] == kind}, judged) for kind in (True, False))
         more = sorted({*judged, *(set(by_arm[best]) & set(by_arm[challenger]) if best and challenger else ())})
     whole = [arm for arm in fair if arms[arm]["control"] and set(judged) <= set(by_arm[arm])]
-    equal = any(arms[arm]["teacher_flops"] * LONGER >= pyramid_flops for arm in whole)
+    equal = [arm for arm in whole if arms[arm]["teacher_flops"] * LONGER >= pyramid_flops]
     differences = [difference for arm in arms for against in dict.fromkeys(a for a in (YARDSTICK, best) if a in arms)
                    if against != arm for difference in _differences(by_arm, arm, against)]
     verdict = next((one for one in differences
                     if (one["arm"], one["against"], one["network"]) == (challenger, best, ENSEMBLE)), None)
-    undecided = _undecided(by_arm, order, judged, (best, challenger), rivals + others, equal) \
-        + _unlike(by_arm, challenger, whole) + _few(by_arm, verdict)
+    undecided = _undecided(by_arm, order, judged, (best, challenger), rivals + others, bool(equal)) \
+        + _unlike(by_arm, challenger, equal) + _few(by_arm, verdict)
     if verdict:
         verdict["decides"] = not undecided
     return {
         "recipe": name, "written": time.time(), "classes": classes,
         **{key: results[0].get(key) if results else None for key in ("study", "fingerprint", "test_images")},
-        "wanted": list(order), "seeds": sorted({result["seed"] for result in results}), "asked": list(seeds),
+        "arms_asked": list(order), "seeds": sorted({result["seed"] for result in results}), "asked": list(seeds),
         "test_readings": readings,
         "complete": all(seed in by_arm[arm] for arm in order for seed in seeds),
         "missing": [f"{arm}-seed-{seed}" for arm in order for seed in seeds if seed not in by_arm[arm]],
@@ -87,19 +87,21 @@ def _undecided(by_arm: dict[str, dict[int, dict]], order: list[str], seeds: list
         lacks = sorted({*seeds, *by_arm[challenger]} - set(by_arm[arm]))
         if lacks:
             why = ", better on the seeds that it has," * (arm in rivals)
-            out.append(f"nothing decides yet, for {arm}{why} lacks seeds that are asked for: run it with --seeds "
+            out.append(f"nothing decides yet, for {arm}{why} lacks seeds that are compared: run it with --seeds "
                        f"{','.join(map(str, lacks))},")
     return out
 
 
 def _unlike(by_arm: dict[str, dict[int, dict]], challenger: str | None, controls: list[str]) -> list[str]:
-    """Why the challenger's gain may be that of its teachers' settings or of its constants: no control has them."""
+    """Why the challenger's gain may be that of its teachers' settings or of its constants: no control of the pyramid's
+    compute with all seeds (controls) has them.
+    """
     mine = _settings(by_arm[challenger]) if challenger else None
-    if mine is None or any(_settings(by_arm[arm]) == mine for arm in controls):
+    if not controls or not challenger or (mine and any(_settings(by_arm[arm]) == mine for arm in controls)):
         return []
-    return [f"nothing decides, for no control with all seeds has the temperature, first weight, ensemble loss and teachers' "
-            f"settings of {challenger}: run one that has, or set in the recipe itself what this arm changes, which gives "
-            "controls the same"]
+    return ["nothing decides, for no control with all seeds and the compute of the pyramid has the temperature, first "
+            f"weight, ensemble loss, top model and teachers' settings of {challenger}: add one by --arm, or set in the "
+            "recipe what this arm changes, which gives controls the same"]
 
 
 def _settings(own: dict[int, dict]) -> tuple | None:
@@ -108,7 +110,8 @@ def _settings(own: dict[int, dict]) -> tuple | None:
     if recipe is None:
         return None
     its = constants(recipe, len(recipe.pyramid))
-    return its.temperature, its.weights[:1], its.ensemble, recipe.teachers.model_copy(update={"steps": 1})
+    settings = recipe.teachers.model_copy(update={"steps": 1})
+    return its.temperature, its.weights[:1], its.ensemble, recipe.pyramid[0].model, settings
 
 
 def _few(by_arm: dict[str, dict[int, dict]], one: dict | None) -> list[str]:
@@ -118,8 +121,9 @@ def _few(by_arm: dict[str, dict[int, dict]], one: dict | None) -> list[str]:
     arm, against = by_arm[one["arm"]], by_arm[one["against"]]
     gap = sum(right(arm[seed], ENSEMBLE).astype(int) - right(against[seed], ENSEMBLE) for seed in set(arm) & set(against))
     count = int(np.count_nonzero(gap))
-    return [f"nothing decides, for {one['arm']} and {one['against']} differ on {count} test images only, and chance could "
-            f"have it so with fewer than {FEWEST}: take a larger test split"] * (count < FEWEST)
+    return [f"nothing decides, for {one['arm']} and {one['against']}, over all seeds together, differ on {count} test "
+            f"images only, and chance could have it so with fewer than {FEWEST}: take a larger test split"
+            ] * (count < FEWEST)
 
 
 def _arm(own: dict[int, dict]) -> dict:

@@ -91,7 +91,7 @@ def _kept_readings(folder: Path, arm: str, seed: int) -> Path:
 
 def micro_batch(recipe: Recipe, placement: dict) -> int:
     """Samples of which a student's batch statistics are made, at most."""
-    ranks = placement["student_ranks"] // placement["groups"]
+    ranks = 1 if recipe.distill.sync_batch_norm else placement["student_ranks"] // placement["groups"]
     return -(-recipe.distill.batch // (ranks * placement["accumulation"]))
 
 
@@ -147,7 +147,7 @@ def stored_recipe(result: dict) -> Recipe | None:
     """Of the arm that a result is of; None where it does not tell."""
     try:
         return parse_recipe({**{key: value for key, value in result["recipe"].items() if key != "dtypes"}, "name": "stored"})
-    except (UserError, KeyError):
+    except (UserError, KeyError, AttributeError):
         return None
 
 

@@ -91,7 +91,7 @@ def unequal(study: dict) -> list[str]:
                    "other numbers of ranks, in other groups or with other accumulation: their batch statistics differ in "
                    "more than the arm")
     if max(study["world_sizes"], default=1) > 1:
-        out.append("teachers that know every class were trained on several ranks, specialists on one each, so that batch "
+        out.append("a top teacher may have been trained on several ranks, every other one was on one, so that batch "
                    "statistics of the former are of fewer samples")
     if len(made) > 1:
         out.append(f"results are of {' and of '.join(made)}")
