@@ -179,7 +179,7 @@ class Distillation:
         rates = self.progress.rates.at(total_step)
         engine.set_rates([rates[index] for index in self.joined.own])
         self.progress.sums.steps += 1
-        losses = 0
+        losses, counted = 0, setup.counted(ids)
         for index, micro in enumerate(self.micro):
             mine = torch.from_numpy(ids[micro])
             images = setup.exchange.views_of(step, micro) if setup.sends_views else setup.views.batch(mine, epoch)
@@ -188,7 +188,7 @@ class Distillation:
             # Dropout and the like: the same draws however the run was interrupted.
             torch.manual_seed(derived_seed(self.recipe.seed, total_step, index, self.rank))
             logits = engine.forward(images)
-            loss, terms = pyramid_loss(logits, labels, levels, setup.counted(ids), self.constants,
+            loss, terms = pyramid_loss(logits, labels, levels, counted, self.constants,
                                        self.all_logits(logits), self.joined.own)
             self.job.watchdog.waits("the gradients of the students' island")
             engine.backward(loss)
