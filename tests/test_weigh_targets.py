@@ -10,11 +10,12 @@ from made_up import in_several_files
 from ranks import REPOSITORY
 
 from pkd.data import load_data
+from pkd.files import read_json
 from pkd.network_file import read_network
 from pkd.recipe_file import load_recipe
 
 sys.path.insert(0, str(REPOSITORY / "launch"))
-from weigh_targets import Answers, composed, main
+from weigh_targets import Answers, composed, fit, learned, main, weighted
 
 
 def test_the_composed_target_of_three_levels_is_the_mean_of_their_chain_rules():
@@ -34,10 +35,27 @@ def test_the_composed_target_of_three_levels_is_the_mean_of_their_chain_rules():
         torch.testing.assert_close(composed(top, specialists, weight, 2.0), wanted, rtol=0, atol=1e-5)
 
 
+def test_weights_that_are_learned_start_from_pkds_and_find_who_is_to_be_believed():
+    torch.manual_seed(0)
+    labels = torch.arange(6).repeat(100)
+    groups = [[0, 1, 2], [3, 4, 5]]
+    top = torch.randn(600, 6) + 2 * F.one_hot(labels, 6)
+    knows = [3.0, 0.0]  # the second specialist guesses
+    specialists = [Answers(f"level1-{index}", 1, torch.tensor(own),
+                           torch.randn(600, 3) + knows[index] * F.one_hot(labels, 6)[:, own])
+                   for index, own in enumerate(groups)]
+    plain = weighted(top, specialists, torch.tensor([0.0, 0.5, 0.0]), [0, 0]).log_softmax(1)
+    torch.testing.assert_close(plain, composed(top, specialists, 0.5, 1.0).log_softmax(1), rtol=0, atol=1e-5)
+    numbers = fit(top, specialists, labels, [0, 1])
+    assert numbers[1] > 0.3 and abs(numbers[2]) < 0.1, "weights of the one that knows and of the one that guesses"
+    each, together = (F.cross_entropy(learned(top, specialists, labels, parts), labels) for parts in ([0, 1], [0, 0]))
+    assert each < together < F.cross_entropy(plain, labels), "on images that the numbers were not learned from"
+
+
 def test_it_tells_accuracies_on_validation_images_and_which_target_is_pkds(tiny, taught, tmp_path, capsys):
     shutil.copytree(taught, tmp_path / "again")
     in_several_files(taught / "teachers" / "level0", tmp_path / "again" / "teachers" / "level0")
-    assert main([str(tiny), str(taught), str(tmp_path / "again")]) == 0
+    assert main([str(tiny), str(taught), str(tmp_path / "again"), "--json", str(tmp_path / "said.json")]) == 0
     said = capsys.readouterr().out
     data = load_data(load_recipe(str(tiny)).data)
     network, _ = read_network(taught / "teachers" / "level0")
@@ -48,7 +66,10 @@ def test_it_tells_accuracies_on_validation_images_and_which_target_is_pkds(tiny,
     assert f"%  {top}  run level0\n" in said and f"%  {top}  again level0\n" in said
     assert f"%  {top}  mean of run and again\n" in said, "of one and the same"
     assert said.count(" <- pkd's") == 2 and "specialists' weight 0.667, temperature 1 <- pkd's" in said
-    assert "level2-2, 5 classes:" in said
+    assert "level2-2, 5 classes:" in said and said.count("learned for each level\n") == 2
+    written = read_json(tmp_path / "said.json")
+    assert written["validation_images"] == len(ids) and len(written["rows"]) == said.count(" %  ")
+    assert written["rows"][0]["name"] == "run level0" and f"{written['rows'][0]['cross_entropy']:7.4f}" == top
 
 
 @pytest.mark.parametrize("name", ["level0", "level1-1"])
