@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ranks import REPOSITORY
 
@@ -12,7 +13,8 @@ from pkd.recipe_file import identity, load_recipe
 from pkd.shipped import shipped_names
 from pkd.study.arms import built_in, pyramid_flops, student_flops, teacher_flops
 from pkd.study.figures import aggregate
-from pkd.study.results import all_readings, as_of_now, read_results
+from pkd.study.results import all_readings, as_of_now, read_results, right
+from pkd.study.statistics import crossed_bootstrap
 from pkd.study.table import arms_rows
 
 STUDIES = sorted(path.parent for path in (REPOSITORY / "launch" / "studies").glob("*/recipe.yaml"))
@@ -93,6 +95,19 @@ def test_their_tables_are_beside_them():
     for name, said in finished().items():
         columns, *rows = (f"| {' | '.join(row)} |" for row in arms_rows(said))
         assert f"## {name}\n" in text and "\n".join([columns, "|" + "---|" * (columns.count("|") - 1), *rows]) in text
+
+
+def test_what_images_without_a_label_add_is_told_over_seeds_and_test_images():
+    """Two studies, for arms of one see the same images; their test images are the same."""
+    without, with_them = (REPOSITORY / "launch" / "studies" / name for name in ("digits-300", "digits-300-unlabelled"))
+    rows = []
+    for arm in read_json(without / "study.json")["arms"]:
+        found = [[read_json(folder / "results" / f"{arm}-seed-{seed}.json") for seed in range(3)]
+                 for folder in (with_them, without)]
+        gap = crossed_bootstrap(*(np.stack([right(one, "ensemble") for one in own]) for own in found))
+        rows.append("| {} | {:+.1f} ({:+.1f} to {:+.1f}) |".format(arm, *(100 * number + 0.0 for number in gap)))
+    text = (REPOSITORY / "launch" / "studies" / "README.md").read_text()
+    assert "\n".join(["", *sorted(rows, key=text.find), ""]) in text
 
 
 def test_recipes_give_the_figures_of_their_studies():
