@@ -16,7 +16,7 @@ from pkd.devices import device_like
 from pkd.ds_config import check_device, load_ds_config, precision, stage
 from pkd.errors import UserError
 from pkd.exchange import Exchange
-from pkd.files import read_json, write_json
+from pkd.files import read_json, read_lines, write_json
 from pkd.hardware import known_ranks, nodes
 from pkd.job import Job
 from pkd.joined import Joined
@@ -189,7 +189,7 @@ class Setup:
                 wanted = without_teachers(recipe) if self.archive else recipe
                 known = known_ranks(job.hardware, recipe.threads, recipe.placement.memory_gib)
                 placement = place(wanted, world.size, work, known).to_json()
-                write_json(path, {"wish": wish(), "placement": placement})
+                write_json(path, {"wish": wish(), "placement": placement, "since_epoch": len(read_lines(job.run.metrics))})
                 return placement
             found = world.first("placement", decide)
         placement = Placement.from_json(found)

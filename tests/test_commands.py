@@ -93,7 +93,7 @@ def test_the_files_of_a_run_hold_the_keys_that_the_readme_names(evaluated, taugh
     teacher = json.loads((taught / "teachers" / "level0.json").read_text())
     assert set(teacher) == NETWORK | {"level", "class_ids", "steps", "identity"}
     assert set(json.loads((evaluated / "run.json").read_text())) == {"identity", "recipe", "free"}
-    assert set(json.loads((evaluated / "placement.json").read_text())) == {"wish", "placement"}
+    assert set(json.loads((evaluated / "placement.json").read_text())) == {"wish", "placement", "since_epoch"}
     assert set(json.loads((taught / "pyramid.json").read_text())) == {"classes", "teachers"}
     assert set(json.loads((evaluated / "students" / "students.json").read_text())) == {
         "students", "complete", "epochs", "teachers", "fingerprint", "soft_targets", "world_size", "placement", "made_by"}

@@ -22,14 +22,14 @@ from ranks import run
 
 from pkd.console import Console
 from pkd.errors import UserError
-from pkd.files import read_json, write_json
+from pkd.files import append_line, read_json, read_lines, write_json
 from pkd.predictions import BINS, calibration_error
 from pkd.report.answers import bins, cells, confused, group_keys
 from pkd.report.command import report
 from pkd.report.facts import Teacher, gather, parents
 from pkd.report.run import page_of
 from pkd.report.study_plots import best_for_cost
-from pkd.report.style import listed, short
+from pkd.report.style import Plot, listed, short
 from pkd.report.tree import places
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -132,6 +132,23 @@ def test_a_run_that_goes_on_says_what_is_not_there_yet(copied, tmp_path):
     (folder / "placement.json").unlink()
     assert page_of(folder).notes == ["No epoch of distillation has ended yet, so there are no curves."]
     assert titles(folder) == {"Pyramid"}
+
+
+def test_how_busy_ranks_were_is_of_the_placement_that_is_shown(copied, tmp_path):
+    """A run that goes on in another placement has epochs of both."""
+    folder = tmp_path / "moved"
+    shutil.copytree(copied, folder)
+    lines = read_lines(folder / "metrics.jsonl")
+    (folder / "metrics.jsonl").unlink()
+    for line, share in zip(lines, (0.9, 0.25), strict=True):
+        append_line(folder / "metrics.jsonl", {**line, "busy": [share] * len(line["busy"])})
+
+    def said() -> str:
+        section = next(one for one in page_of(folder).sections if one.title == "Placement")
+        return " ".join([*section.text, next(part.alt for part in section.parts if isinstance(part, Plot))])
+    assert " 25 %" not in said() and "other placement" not in said()
+    write_json(folder / "placement.json", {**read_json(folder / "placement.json"), "since_epoch": 1})
+    assert " 25 %" in said() and "since epoch 2; the epochs before were of another placement" in said()
 
 
 def test_teachers_alone_and_teachers_that_are_gone(taught, evaluated, tmp_path):

@@ -36,6 +36,7 @@ class Facts:
     classes: tuple[str, ...]
     teachers: list[Teacher]  # from the top down
     placement: Placement | None
+    placed_since: int  # the first epoch that was wholly of this placement
     hosts: list[dict]  # of each rank
     summary: dict | None
     predictions: Predictions | None  # only with a summary
@@ -60,6 +61,7 @@ def gather(path: Path) -> Facts:
         path=path, recipe=recipe, identity=record["identity"], standing=stands, lines=read_lines(run.metrics),
         students=students, classes=(*names, *(f"class {index}" for index in range(len(names), seen))), teachers=teachers,
         placement=Placement.from_json(placed["placement"]) if placed else None,
+        placed_since=placed.get("since_epoch", 0) if placed else 0,
         hosts=(_optional(path / "ranks" / "distill.json") or {"ranks": []})["ranks"], summary=summary,
         predictions=predictions)
 

@@ -74,7 +74,10 @@ def placement(facts: Facts) -> Section | None:
     text = [f"{placed.kind}: {placed.student_ranks} of {counted(placed.world, 'rank')} for students, {asked}."]
     if placed.why:
         text.append(placed.why)
-    shares = [(line["busy"], line["seconds"]) for line in facts.lines if len(line.get("busy", ())) == placed.world]
+    if facts.placed_since:
+        text.append(f"So since epoch {facts.placed_since + 1}; the epochs before were of another placement.")
+    shares = [(line["busy"], line["seconds"]) for line in facts.lines[facts.placed_since:]
+              if len(line.get("busy", ())) == placed.world]
     parts = []
     if shares:
         total = max(1e-9, sum(seconds for _, seconds in shares))
