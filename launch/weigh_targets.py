@@ -11,6 +11,7 @@ learned, on one half of the images and judged on the other, in turn. It reads no
 
 import argparse
 import math
+import os
 import sys
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -21,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pkd.data import load_data
-from pkd.errors import UserError
-from pkd.files import write_json
+from pkd.errors import PassingError, UserError
+from pkd.files import read_json, write_json
 from pkd.loss import LevelTargets, composed_target
 from pkd.network_file import read_network
-from pkd.recipe_file import load_recipe
+from pkd.recipe_file import identity, load_recipe
+from pkd.study.results import as_of_now
 from pkd.weights_file import INDEX
 
 WEIGHTS, TEMPERATURES = (0.25, 0.5, 0.75, 1.0), (1.0, 1.5, 2.0)
@@ -161,6 +163,16 @@ def within(said: Said, top: Tensor, own: Answers, labels: Tensor) -> None:
         said.say(f"  {own.name}: {name}", found, truth)
 
 
+def check_data(folder: Path, asked: dict) -> None:
+    """Raises UserError where teachers were trained on other data: they may know these validation images."""
+    if (folder / "run.json").exists():
+        found = as_of_now(read_json(folder / "run.json")["recipe"])["data"]
+        other = [key for key in asked if found.get(key, asked[key]) != asked[key]]
+        if other:
+            raise UserError(f"the teachers of {folder} were trained with data.{other[0]} = {found[other[0]]}, but in the "
+                            f"recipe it is {asked[other[0]]}: give the recipe that they were trained by")
+
+
 def check(folder: Path, whole: list[Answers], specialists: list[Answers], classes: int) -> None:
     """Raises UserError for a pyramid that lacks a teacher, or that the composed target does not suit."""
     for own in by_level(specialists):
@@ -176,10 +188,12 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     arguments = parser.parse_args(words)
     try:
+        if arguments.json and os.path.lexists(arguments.json):
+            raise UserError(f"{arguments.json} already exists: give a new file with --json")
         images, said = weigh(arguments.recipe, arguments.folders)
         if arguments.json:
             write_json(arguments.json, {"validation_images": images, "rows": said})
-    except UserError as error:
+    except (UserError, PassingError) as error:
         print(f"weigh_targets: {error}", file=sys.stderr)
         return 2
     return 0
@@ -187,8 +201,14 @@ def main(words: list[str] | None = None) -> int:
 
 def weigh(recipe: str, folders: list[Path]) -> tuple[int, Said]:
     """Validation images, and what is said of them."""
-    data = load_data(load_recipe(recipe).data)
+    asked = load_recipe(recipe)
+    data = load_data(asked.data)
     ids = data.splits["validation"]
+    for index, folder in enumerate(folders):
+        if folder.name in (other.name for other in folders[:index]):
+            raise UserError(f"two folders are called {folder.name}, by which figures are told apart: rename one, or give it "
+                            "by a link")
+        check_data(folder, identity(asked)["data"])
     images, labels, classes = data.images[ids], data.labels[ids], list(data.classes)
     tops: dict[str, Tensor] = {}
     pyramids: dict[str, list[Answers]] = {}

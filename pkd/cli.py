@@ -6,6 +6,7 @@ and anything else, with the traceback in the rank's log.
 """
 
 import argparse
+import errno
 import gc
 import os
 import sys
@@ -16,6 +17,9 @@ from pkd.console import Console
 from pkd.errors import LocalError, PassingError, UserError
 from pkd.launcher import Launch, read_launch
 from pkd.ways import WAYS
+
+# What a path that a user gave may be: somebody else's, no path at all, or on a disk that takes nothing.
+OF_A_PATH = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EROFS}
 
 COMMANDS = {
     "plan": "print who would be where, and how long a step would take; starts nothing",
@@ -105,8 +109,8 @@ def parser() -> argparse.ArgumentParser:
             own.add_argument("--only-seed", type=_whole, metavar="K", help="work on this one of --seeds: for several "
                              "processes of one study, each on a seed")
             own.add_argument("--arms", metavar="A,B", help="some of alone, top, top-t20, top-ensemble, top-own, peers, "
-                             "top-long, long-ensemble, peers-long, paper-plain, paper, composed, recipe (default: all that "
-                             "suit it)")
+                             "peers-ensemble, top-long, long-ensemble, peers-long, paper-plain, paper, composed, recipe "
+                             "(default: all that suit it)")
             own.add_argument("--arm", action="append", default=[], metavar='NAME="key=value ..."',
                              help="an arm of your own: the recipe with these changes")
             own.add_argument("--study-folder", type=Path, help="default: studies/<name of the recipe>")
@@ -159,6 +163,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
+    except OSError as error:
+        if error.errno not in OF_A_PATH or error.filename is None:
+            raise
+        console.error(f"pkd: {str(error.filename)[:200]!r} cannot be used ({error.strerror}): give another path, or the "
+                      "right to it")
+        return 2
 
 
 def single(arguments: argparse.Namespace, console: Console) -> None:

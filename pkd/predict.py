@@ -49,7 +49,7 @@ def predict(path: Path, given: list[Path], student: str | None, top: int, table:
         console.show(_shown(found))
     else:
         write_bytes(table, _csv(found).encode("utf-8", "surrogateescape"))
-        console.say(f"predictions for {len(found)} image(s) written to {table}")
+        console.say(f"predictions for {len(found)} image(s) written to {_text(table)}")
     return found
 
 

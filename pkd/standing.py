@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from pkd.errors import UserError
 from pkd.files import read_json, read_lines
 from pkd.lock import held_by, told
 from pkd.objective import asked_names
@@ -83,6 +84,8 @@ def _evaluated(path: Path, distill: dict) -> bool:
     if not (path / "summary.json").exists():
         return False
     summary = read_json(path / "summary.json")
+    if "complete" not in summary:
+        raise UserError(f"{path / 'summary.json'} is not what pkd evaluate writes: delete it and run pkd evaluate again")
     return summary["complete"] and summary.get("evaluated", 0.0) >= distill.get("time", 0.0)
 
 

@@ -3,6 +3,7 @@
 import ast
 import csv
 import json
+import os
 import pickle
 import re
 import shutil
@@ -294,6 +295,9 @@ def test_predict_goes_through_folders_and_writes_a_table(exports, pictures, tmp_
     assert [row["image"] for row in rows] == [str(path) for path in sorted(pictures.rglob("*.png"))]
     assert list(rows[0]) == ["image", "class", "probability", "class_2", "probability_2", "class_3", "probability_3"]
     assert all(float(row["probability"]) >= float(row["probability_2"]) >= float(row["probability_3"]) for row in rows)
+    strange = os.fsdecode(b"caf\xe9.csv")
+    run(1, "predict", exports["hub"], pictures, "--csv", tmp_path / strange, "--top", 3)
+    assert rows_of(tmp_path / strange) == rows
     before = (tmp_path / "all.csv").read_bytes()
     assert "all.csv already exists" in refused(1, "predict", exports["hub"], pictures, "--csv", tmp_path / "all.csv")
     assert (tmp_path / "all.csv").read_bytes() == before
@@ -335,9 +339,9 @@ def test_what_is_no_export_is_refused_unread(exports, pictures, tmp_path):
 
 def test_an_export_is_whole_or_absent_and_overwrites_nothing(exports, finished, tmp_path):
     for form in ("safetensors", "onnx", "hub"):
-        before = sorted(exports[form].rglob("*"))
+        before = {path: path.read_bytes() for path in exports[form].rglob("*") if path.is_file()}
         assert "not empty" in refused(1, "export", exports["run"], "--to", exports[form], "--format", form)
-        assert sorted(exports[form].rglob("*")) == before
+        assert {path: path.read_bytes() for path in exports[form].rglob("*") if path.is_file()} == before
     shutil.copytree(finished, tmp_path / "unread", ignore=shutil.ignore_patterns("summary.json"))
     assert "pkd evaluate first" in refused(1, "export", tmp_path / "unread", "--to", tmp_path / "hub", "--format", "hub")
     shutil.rmtree(tmp_path / "unread")

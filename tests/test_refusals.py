@@ -48,6 +48,14 @@ def test_a_bad_recipe_is_refused_before_training(tiny, new_run, override, words)
     assert not (folder / "checkpoints").exists() and not (folder / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("words", [("report", "{long}"), ("predict", "{long}", "{long}"), ("evaluate", "{long}"),
+                                   ("status", "{long}"), ("export", "{long}", "--to", "{long}"), ("study", "{long}"),
+                                   ("report", "/dev/null/run"), ("status", "/dev/null/run")])
+def test_what_can_be_no_path_is_one_sentence(words):
+    said = refused(1, *(word.format(long="x" * 300) for word in words))
+    assert len(said) < 700
+
+
 def test_a_refused_launch_is_told_once_by_one_rank(tiny, tmp_path):
     sentence = refused(4, "teach", tiny, "--run-folder", tmp_path / "run", "teachers.step=3")
     assert "did you mean 'steps'" in sentence

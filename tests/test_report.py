@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import figures_of, made_up
 from PIL import Image
-from ranks import run
+from ranks import refused, run
 
 from pkd.console import Console
 from pkd.errors import UserError
@@ -134,6 +134,18 @@ def test_a_run_that_goes_on_says_what_is_not_there_yet(copied, tmp_path):
     assert titles(folder) == {"Pyramid"}
 
 
+def test_a_file_of_a_run_that_is_not_as_pkd_wrote_it_is_one_sentence(copied, evaluated, tmp_path):
+    folder = tmp_path / "strange"
+    shutil.copytree(evaluated, folder)
+    summary = read_json(folder / "summary.json")
+    for content in ({}, {key: summary[key] for key in summary if key != "students"}, []):
+        write_json(folder / "summary.json", content)
+        with pytest.raises(UserError, match=r"summary\.json is not what|is not as pkd wrote it|is damaged"):
+            report(folder, None, quiet)
+    write_json(folder / "summary.json", {})
+    assert "is not what pkd evaluate writes" in refused(1, "status", folder)
+
+
 def test_how_busy_ranks_were_is_of_the_placement_that_is_shown(copied, tmp_path):
     """A run that goes on in another placement has epochs of both."""
     folder = tmp_path / "moved"
@@ -218,8 +230,8 @@ def test_plots_that_the_new_report_has_not_go_with_the_old_one(tmp_path):
     page = report(tmp_path, None, quiet)
     plots = {path.name for path in (tmp_path / "report").iterdir()}
     page.write_bytes(page.read_bytes().replace(b'name="plots" content="', b'name="plots" content="confusion '))
-    for name in ("confusion.png", "mine.png"):
-        (tmp_path / "report" / name).write_bytes(b"")
+    shutil.copy(tmp_path / "report" / min(plots), tmp_path / "report" / "confusion.png")
+    (tmp_path / "report" / "mine.png").write_bytes(b"")
     report(tmp_path, None, quiet)
     assert {path.name for path in (tmp_path / "report").iterdir()} == plots | {"mine.png"}
 
@@ -228,6 +240,11 @@ def test_nothing_but_an_earlier_report_is_replaced(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="neither a run"):
         report(tmp_path, None, quiet)
     write_json(tmp_path / "study.json", a_study())
+    report(tmp_path, tmp_path / "copied.html", quiet)
+    plot = min((tmp_path / "copied").iterdir())
+    plot.write_bytes(b"mine")
+    with pytest.raises(UserError, match=f"{plot.name}, where a plot would go, is there already"):
+        report(tmp_path, tmp_path / "copied.html", quiet)
     with pytest.raises(UserError, match=r"ends in \.html"):
         report(tmp_path, tmp_path / "page", quiet)
     (tmp_path / "mine.html").write_text("<p>mine</p>")
@@ -239,6 +256,8 @@ def test_nothing_but_an_earlier_report_is_replaced(tmp_path, monkeypatch):
         report(tmp_path, tmp_path / "other.html", quiet)
     for name in [name for name in sys.modules if name.startswith("pkd.report.") and name != "pkd.report.command"]:
         monkeypatch.delitem(sys.modules, name)
+    assert [plot.read_bytes(), (tmp_path / "other" / "compute.png").read_bytes()] == [b"mine"] * 2
+    assert (tmp_path / "mine.html").read_text() == "<p>mine</p>" and not (tmp_path / "other.html").exists()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"needs matplotlib.*pip install matplotlib jinja2"):
         report(tmp_path, None, quiet)

@@ -214,10 +214,13 @@ def test_results_of_other_settings_are_refused(studied, tiny, tmp_path):
     path.write_text(path.read_text().replace('"arm": "alone"', '"arm": "mine"'))
     said = refusal(*words(tiny, tmp_path), "--arm", "mine=objective={kind: alone, ensemble: [0.5, 0.5]}")
     assert "mine-seed-0.json is of other settings" in said and "in the recipe and" in said
-    path.write_text("{}")
-    assert "no result of a study" in refusal(*words(tiny, tmp_path))
+    whole = json.loads(path.read_text())
+    for content in ({}, {**whole, "networks": {"ensemble": {}}}, {key: whole[key] for key in whole if key != "teachers"}):
+        path.write_text(json.dumps(content))
+        assert "no result of a study" in refusal(*words(tiny, tmp_path))
     path.unlink()
-    assert all(path.read_bytes() == content for path, content in before.items() if path.exists())
+    moved = tmp_path / "results" / "alone-seed-0.json"  # by this test
+    assert all(path.read_bytes() == content for path, content in before.items() if path != moved)
 
 
 def test_mistakes_end_a_study_before_anything_is_started(tiny, taught, tmp_path):
@@ -232,6 +235,13 @@ def test_mistakes_end_a_study_before_anything_is_started(tiny, taught, tmp_path)
     assert "names a seed twice" in refusal(*mine, "--seeds", "1,1")
     assert "--only-seed is 3, but --seeds asks for 0, 1" in refusal(*mine, "--seeds", "2", "--only-seed", 3)
     assert not folder.exists()
+    for content, said in (({"mine": 1}, "not of a study of pkd"), ({"arms": {"top": {}}}, "tells of results that are gone")):
+        write_json(folder / "study.json", content)
+        assert said in refusal(*mine) and json.loads((folder / "study.json").read_text()) == content
+    (folder / "study.json").unlink()
+    write_json(folder / "readings" / "top-seed-0.json", {})
+    assert "does not say how often the test split was read" in refused(1, *mine, "--arms", "top", "--only-seed", 0)
+    shutil.rmtree(folder)
     lock = Lock(folder / "locks" / "seed-0", "study")
     assert "seed 0 of study" in refused(1, *mine, "--arms", "alone")
     lock.release()

@@ -10,7 +10,7 @@ from made_up import in_several_files
 from ranks import REPOSITORY
 
 from pkd.data import load_data
-from pkd.files import read_json
+from pkd.files import read_json, write_json
 from pkd.network_file import read_network
 from pkd.recipe_file import load_recipe
 
@@ -79,6 +79,21 @@ def test_a_pyramid_that_lacks_a_teacher_is_no_figure(tiny, taught, tmp_path, nam
     assert main([str(tiny), str(tmp_path / "run")]) == 2
     assert "lacks its top or a specialist of level 1" in capsys.readouterr().err
     assert main(["glyphs" if name == "level0" else "digits", str(tmp_path / "run")]) == 2
+
+
+def test_nothing_is_overwritten_and_folders_that_cannot_be_told_apart_or_know_the_images_are_refused(
+        tiny, taught, tmp_path, capsys):
+    (tmp_path / "mine.json").write_text("mine")
+    assert main([str(tiny), str(taught), "--json", str(tmp_path / "mine.json")]) == 2
+    assert "already exists" in capsys.readouterr().err and (tmp_path / "mine.json").read_text() == "mine"
+    shutil.copytree(taught, tmp_path / taught.name)
+    assert main([str(tiny), str(taught), str(tmp_path / taught.name)]) == 2
+    assert f"two folders are called {taught.name}" in capsys.readouterr().err
+    record = read_json(taught / "run.json")
+    record["recipe"]["data"]["seed"] += 1
+    write_json(tmp_path / taught.name / "run.json", record)
+    assert main([str(tiny), str(tmp_path / taught.name)]) == 2
+    assert "were trained with data.seed = " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [("{tiny}", "{tmp}"), ("nothing.yaml", "{tmp}")])

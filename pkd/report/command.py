@@ -7,6 +7,7 @@ from pkd.console import Console
 from pkd.errors import UserError
 from pkd.files import write_bytes
 
+PICTURE = "pkd report"  # the software that a plot's PNG says it is of
 MARK = b'<meta name="generator" content="pkd report'  # by which an earlier report is known
 PLOTS = re.compile(rb'<meta name="plots" content="([\w -]*)">')
 
@@ -35,6 +36,8 @@ def report(path: Path, target: Path | None, console: Console) -> Path:
     page = page_of(path)
     pictures = {plot.name: picture(plot) for plot in page.plots}
     folder, stale = target.with_suffix(""), _plots_of(target) - set(pictures)
+    for name in (*stale, *pictures):
+        _check_plot(folder / f"{name}.png")
     write_bytes(target, html(page, pictures))
     for name in stale:  # of students that are gone, perhaps
         (folder / f"{name}.png").unlink(missing_ok=True)
@@ -50,6 +53,13 @@ def _plots_of(target: Path) -> set[str]:
     """Names of the plots of an earlier report, if there is one; as a page says them, they are letters, digits and dashes."""
     found = PLOTS.search(target.read_bytes()[:4000]) if target.exists() else None
     return set(found[1].decode().split()) if found else set()
+
+
+def _check_plot(path: Path) -> None:
+    """Raises UserError where a file of a plot's name is none of a report, as beside a report that was copied."""
+    if path.is_dir() or (path.exists() and PICTURE.encode() not in path.read_bytes()[:1000]):
+        raise UserError(f"{path}, where a plot would go, is there already and not of a report: move it, or give another "
+                        "name with --to")
 
 
 def _check_target(target: Path) -> None:

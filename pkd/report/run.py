@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+from pkd.errors import UserError
 from pkd.report.answer_sections import agreement, calibration, confusion
 from pkd.report.facts import Facts, gather
 from pkd.report.page import Page
@@ -13,7 +14,14 @@ from pkd.report.style import percent
 
 def page_of(path: Path) -> Page:
     """Raises UserError where a file of the run is damaged."""
-    facts = gather(path)
+    try:
+        return _page(gather(path))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise UserError(f"a file of run {path} is not as pkd wrote it ({type(error).__name__}: {error}): restore it, or "
+                        "start the phase that writes it again") from error
+
+
+def _page(facts: Facts) -> Page:
     sections = [result(facts), training(facts), pyramid(facts), placement(facts), confusion(facts),
                 calibration(facts), agreement(facts)]
     recipe = facts.recipe

@@ -163,6 +163,7 @@ def _readings(study: Study) -> Section:
     table = Table("Mean accuracy of every arm's teachers within their classes", ["arm", "teacher", "accuracy"], rows,
                   folded=True, words=frozenset({0, 1}))
     return Section("Readings and teachers", [
-        f"The test split of {tree['test_images']} images was read {tree['test_readings']} times for {study.runs} finished "
-        "runs. What pkd chose, the best epochs, the best control and its challenger, it chose by the validation split."],
+        f"The test split of {tree['test_images']} images was read {tree['test_readings']} times in all; {study.runs} runs "
+        "are finished. What pkd chose, the best epochs, the best control and its challenger, it chose by the validation "
+        "split."],
         [table] * bool(rows))

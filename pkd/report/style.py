@@ -14,6 +14,8 @@ from matplotlib import font_manager
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from pkd.report.command import PICTURE
+
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # that a font has no bold letters is nobody's concern
 # matplotlib's own, then what may be there for letters that it lacks; a page's texts are the browser's.
 FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Droid Sans Fallback", "IPAGothic", "WenQuanYi Zen Hei")
@@ -111,7 +113,7 @@ def _settings(theme: Theme):
 
 def _saved(drawn: Figure, kind: str) -> bytes:
     file = io.BytesIO()
-    drawn.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    drawn.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {"Software": PICTURE})
     return file.getvalue()
 
 

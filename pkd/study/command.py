@@ -29,6 +29,7 @@ from pkd.study.results import (
     keep_readings,
     make_result,
     read_results,
+    refuse_foreign,
     refuse_other,
     result_path,
 )
@@ -83,6 +84,7 @@ class Study:
         self.trials = [self._trial(arm, seed) for seed in self.seeds for arm in self.arms]
         self.shown: set[Path] = set()  # by a dry run
         self.identity = identity(self.base.model_copy(update={"seed": 0}))
+        refuse_foreign(self.folder)
         mine = {arm.name: arm for arm in [*known, *self.arms]}  # what this call does not ask for is compared, too
         for found in self.results():  # of other seeds, too: an arm is one thing
             if found["arm"] in mine:

@@ -14,6 +14,8 @@ from pkd.recipe import Recipe
 from pkd.recipe_file import difference, identity, parse_recipe
 from pkd.study.arms import Arm, student_flops, teacher_flops
 
+NEEDED = ("title", "control", "recipe", "test_readings", "test_images", "world_size", "teachers", "teacher_flops",
+          "student_flops")
 FIGURES = ("accuracy", "loss", "calibration_error", "validation_accuracy", "validation_loss", "parameters")
 
 
@@ -56,7 +58,15 @@ def make_result(run: Path, study: dict, arm: Arm, recipe: Recipe, data: DataSet,
 def readings(folder: Path, arm: str, seed: int) -> int:
     """How often the test split was read for an arm and seed, by runs that were deleted since, too."""
     files = _kept_readings(folder, arm, seed), folder / "runs" / f"{arm}-seed-{seed}" / COUNT
-    return max((read_json(file)["test_readings"] for file in files if file.exists()), default=0)
+    return max((_count(file) for file in files if file.exists()), default=0)
+
+
+def _count(path: Path) -> int:
+    found = read_json(path)
+    if not isinstance(found.get("test_readings"), int):
+        raise UserError(f"{path} does not say how often the test split was read (test_readings): restore it, or delete it "
+                        "and add its readings yourself")
+    return found["test_readings"]
 
 
 def all_readings(folder: Path, results: list[dict]) -> int:
@@ -64,7 +74,7 @@ def all_readings(folder: Path, results: list[dict]) -> int:
     counts: dict[str, int] = {}
     kept = [(path.stem, path) for path in (folder / "readings").glob("*.json")]
     for name, path in [*kept, *((path.parent.name, path) for path in (folder / "runs").glob(f"*/{COUNT}"))]:
-        counts[name] = max(counts.get(name, 0), read_json(path)["test_readings"])
+        counts[name] = max(counts.get(name, 0), _count(path))
     for result in results:
         name = f"{result['arm']}-seed-{result['seed']}"
         counts[name] = max(counts.get(name, 0), result["test_readings"])
@@ -74,7 +84,7 @@ def all_readings(folder: Path, results: list[dict]) -> int:
 def keep_readings(folder: Path, arm: str, seed: int) -> None:
     """Write down what readings() says, so that it outlives the run."""
     count, kept = readings(folder, arm, seed), _kept_readings(folder, arm, seed)
-    if count and not (kept.exists() and read_json(kept)["test_readings"] == count):
+    if count and not (kept.exists() and _count(kept) == count):
         write_json(kept, {"test_readings": count})
 
 
@@ -107,6 +117,7 @@ def read_results(folder: Path, study: dict, fingerprint: str) -> list[dict]:
             named = path == result_path(folder, found["arm"], found["seed"])
             right(found, "ensemble")
             [own[key] for own in found["networks"].values() for key in FIGURES]
+            [found[key] for key in NEEDED]
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is no result of a study ({error}): delete it or restore it") from None
         if not named:
@@ -123,6 +134,21 @@ def read_results(folder: Path, study: dict, fingerprint: str) -> list[dict]:
                             "another --study-folder, or restore the data")
         out.append(found)
     return out
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raises UserError where a study.json, which is about to be written anew, is none of pkd's or tells of results that are
+    gone.
+    """
+    path = folder / "study.json"
+    if not path.exists():
+        return
+    found = read_json(path)
+    if not isinstance(found.get("arms"), dict):
+        raise UserError(f"{path} is there and not of a study of pkd: give another --study-folder")
+    if found["arms"] and not any((folder / "results").glob("*.json")):
+        raise UserError(f"{path} tells of results that are gone from {folder / 'results'}: restore them, or delete it "
+                        "to begin anew")
 
 
 def refuse_other(folder: Path, result: dict, recipe: Recipe) -> None:
