@@ -26,6 +26,14 @@ SOFT_TARGETS = {  # as the table calls them, and as launch/weigh_targets.py does
     "mean of the longer top and another top": "mean of another-top and top-long",
 }
 
+SEED_1 = {  # (file, name in it)
+    "the top": ("soft-targets", "pyramid level0"),
+    "composed": ("soft-targets", PLAIN.format(0.5, 1) + " <- pkd's"),
+    "the top, trained on sharper views": ("sharper-views", "sharper level0"),
+    "composed, specialists of sharper views": (
+        "sharper-views", "sharper composed with the top of pyramid: specialists' weight 0.5, temperature 1"),
+}
+
 
 def of_seeds(values: list[float]) -> str:
     """Of shares: their mean and range in %."""
@@ -45,6 +53,13 @@ def said_of_soft_targets(name: str) -> str:
             for path in sorted(SCREENS.glob("glyphs-soft-targets-seed-*.json"))]
     assert len(seen) == 4
     return f"{of_seeds([one['accuracy'] for one in seen])} | {np.mean([one['cross_entropy'] for one in seen]):.3f} |"
+
+
+@pytest.mark.parametrize("text", SEED_1)
+def test_soft_targets_of_seed_1(text: str):
+    file, name = SEED_1[text]
+    found = {one["name"]: one for one in read_json(SCREENS / f"glyphs-{file}-seed-1.json")["rows"]}[name]
+    assert row(f"seed 1: {text}").endswith(f" | {100 * found['accuracy']:.1f} | {found['cross_entropy']:.3f} |")
 
 
 @pytest.mark.parametrize("text", SOFT_TARGETS)
