@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         else:
             own.add_argument("run", type=Path, help={"predict": "a run folder, or what pkd export wrote",
                              "report": "the run folder or a study's"}.get(name, "the run folder"))
-        if name in (*WITH_RECIPE, "evaluate"):
+        if name in (*WITH_RECIPE, "evaluate", "export"):
             own.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
         if name in (*ON_EVERY_RANK, "launch"):
             own.add_argument("--run-folder", type=Path, help="run folder (default: runs/<name of the recipe>)")
@@ -80,6 +80,8 @@ def parser() -> argparse.ArgumentParser:
             own.add_argument("--student", metavar="NAME", help="this one instead of the ensemble")
         if name == "export":
             own.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder")
+            own.add_argument("--random-images", action="store_true", help="onnx: check the file on these, without the "
+                             "run's data")
             own.add_argument("--study", type=Path, metavar="DIR", help="hub: a study's folder, whose arms the card states")
             own.add_argument("--format", choices=tuple(FORMATS), default="safetensors", metavar="FORMAT",
                              help="; ".join(f"{form}: {text}" for form, text in FORMATS.items()))
@@ -208,7 +210,8 @@ def single(arguments: argparse.Namespace, console: Console) -> None:
     elif arguments.command == "export":
         from pkd.export import export
 
-        export(arguments.run, arguments.to, arguments.student, arguments.format, console, arguments.study)
+        export(arguments.run, arguments.to, arguments.student, arguments.format, console, arguments.study,
+               arguments.overrides, arguments.random_images)
     else:
         from pkd.predict import predict
 

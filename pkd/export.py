@@ -1,6 +1,7 @@
 """Students out of a run folder, for use elsewhere: weights and a JSON each, or what export_onnx and export_hub write."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from pkd.console import Console
@@ -15,13 +16,18 @@ LIST = "ensemble"  # <LIST>.json names the students of an export
 PREDICTION = "argmax of the mean of the logits"
 
 
-def export(path: Path, target: Path, student: str | None, form: str, console: Console, study: Path | None = None) -> None:
+def export(path: Path, target: Path, student: str | None, form: str, console: Console, study: Path | None = None,
+           overrides: Sequence[str] = (), random_images: bool = False) -> None:
     """Write one student or all of them (the ensemble) to `target`, which must be new or empty; all of it or nothing.
 
     form: "safetensors" (a safetensors file and a JSON each: architecture, class names, normalisation, input size;
-    ensemble.json lists them), "onnx" or "hub". study: a folder of `pkd study` whose arms a hub's card is to state. Raises
-    UserError.
+    ensemble.json lists them), "onnx" or "hub". study: a folder of `pkd study` whose arms a hub's card is to state. An
+    ONNX file is checked on the run's validation images; overrides: such as data.path=, where they are now; random_images:
+    on random ones instead. Raises UserError.
     """
+    if (overrides or random_images) and form != "onnx":
+        raise UserError(f"{overrides[0] if overrides else '--random-images'} is for the images that --format onnx is "
+                        f"checked on, but the format is {form}: leave it out")
     if study is not None and form != "hub":
         raise UserError(f"--study {study} is for the model card of --format hub, but the format is {form}: leave it out")
     run, began = RunFolder(path), time.monotonic()
@@ -35,7 +41,7 @@ def export(path: Path, target: Path, student: str | None, form: str, console: Co
         if form == "onnx":
             from pkd.export_onnx import export_onnx
 
-            export_onnx(run, students, folder, console)
+            export_onnx(run, students, folder, console, overrides, random_images)
         elif form == "hub":
             from pkd.export_hub import export_hub
 

@@ -9,6 +9,7 @@ import importlib
 import io
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -42,12 +43,13 @@ class _Mean(nn.Module):
         return self.ensemble(images).mean(0)
 
 
-def export_onnx(run: RunFolder, students: list[tuple[Network, dict]], folder: Path, console: Console) -> None:
+def export_onnx(run: RunFolder, students: list[tuple[Network, dict]], folder: Path, console: Console,
+                overrides: Sequence[str] = (), random_images: bool = False) -> None:
     """Write <student>.onnx or ensemble.onnx: uint8 [batch, channels, height, width] -> logits [batch, classes], any batch.
 
-    onnxruntime and the original are compared on validation images of the run, or if its data is not there on random ones,
-    which is said. Raises UserError where a logit differs by more than LIMIT, where the packages are missing, and for
-    networks that ONNX cannot express.
+    onnxruntime and the original are compared on validation images of the run, whose recipe overrides change, or on random
+    ones where that is asked for. Raises UserError where a logit differs by more than LIMIT, where the packages or the
+    images are missing, and for networks that ONNX cannot express.
     """
     need("onnx", "onnxruntime", "onnxscript")
     size = sum(parameter.nbytes for network, _ in students for parameter in network.parameters())
@@ -56,7 +58,7 @@ def export_onnx(run: RunFolder, students: list[tuple[Network, dict]], folder: Pa
                         "them one by one with --student, or with --format safetensors")
     whole = _Mean(Ensemble({facts["name"]: network for network, facts in students})).eval()
     first = students[0][1]
-    images, which = _validation_images(run, first, console)
+    images, which = _random_images(first) if random_images else _validation_images(run, first, overrides)
     content = _file(whole, first, _metadata(students, f"{len(images)} {which}"))
     error, largest = _difference(content, whole, images)
     if not error <= LIMIT:
@@ -119,19 +121,23 @@ def _file(whole: nn.Module, facts: dict, metadata: dict[str, str]) -> bytes:
     return program.model_proto.SerializeToString()
 
 
-def _validation_images(run: RunFolder, facts: dict, console: Console) -> tuple[torch.Tensor, str]:
+def _validation_images(run: RunFolder, facts: dict, overrides: Sequence[str]) -> tuple[torch.Tensor, str]:
     """uint8 [at most CHECKED, channels, *view_size], spread over the validation split, and what they are."""
     shape = (facts["channels"], *facts["view_size"])
     try:
-        data = load_data(recipe_of(run, ["data.cache_gib=0", "data.download=false"]).data)
+        data = load_data(recipe_of(run, ["data.cache_gib=0", "data.download=false", *overrides]).data)
         if (data.channels, *data.size) != shape:
             raise UserError(f"its images are {(data.channels, *data.size)} and were {shape}")
-        ids = data.splits["validation"]
-        return data.images[ids[torch.linspace(0, len(ids) - 1, min(CHECKED, len(ids))).long()]], "validation images"
     except UserError as error:
-        console.say(f"the run's data cannot be read here ({error}): the ONNX file is checked on random images")
-        noise = torch.randint(256, (CHECKED, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        return noise, "random images"
+        raise UserError(f"an ONNX file is checked on the run's validation images, which cannot be read here ({error}): add "
+                        "data.path= and where they are, or --random-images to do without them") from None
+    ids = data.splits["validation"]
+    return data.images[ids[torch.linspace(0, len(ids) - 1, min(CHECKED, len(ids))).long()]], "validation images"
+
+
+def _random_images(facts: dict) -> tuple[torch.Tensor, str]:
+    shape = (CHECKED, facts["channels"], *facts["view_size"])
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), "random images"
 
 
 def _difference(content: bytes, whole: nn.Module, images: torch.Tensor) -> tuple[float, float]:

@@ -139,7 +139,7 @@ def test_an_onnx_file_resizes_repeats_grey_and_normalises_as_the_network_does(tm
     torch.manual_seed(0)
     network = build(model, 4, 1, (12, 17)).eval()
     facts = {"name": "wide", **description(model, tuple("abcd"), 1, (12, 17), network)}
-    export_onnx(RunFolder(tmp_path), [(network, facts)], tmp_path, Console(quiet=True))
+    export_onnx(RunFolder(tmp_path), [(network, facts)], tmp_path, Console(quiet=True), random_images=True)
     found = open_classifier(tmp_path, None)
     assert (found.channels, found.view_size) == (1, (12, 17)) and network.channels == 3
     for count in (1, 5):
@@ -355,6 +355,17 @@ def test_an_export_is_whole_or_absent_and_overwrites_nothing(exports, finished, 
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["empty", "empty/whole"]
 
 
+def test_an_onnx_file_is_checked_on_real_images_wherever_they_are_now(evaluated, tiny, tmp_path, capsys):
+    moved, words = tmp_path / "images.npz", ("--to", tmp_path / "out", "--format", "onnx")
+    shutil.copy(tiny.parent / "digits.npz", moved)
+    said = refused(1, "export", evaluated, *words, f"data.path={tmp_path / 'gone.npz'}")
+    assert "gone.npz" in said and "add data.path=" in said and not (tmp_path / "out").exists()
+    assert "is for the images" in refused(1, "export", evaluated, "--to", tmp_path / "out", f"data.path={moved}")
+    assert "is for the images" in refused(1, "export", evaluated, "--to", tmp_path / "out", "--random-images")
+    export(evaluated, tmp_path / "out", "shuffle", "onnx", Console(), overrides=[f"data.path={moved}"])
+    assert "on 41 validation images" in capsys.readouterr().out
+
+
 class Restless(nn.Module):
     """Never says the same twice, and so cannot be said to be exported."""
 
@@ -366,13 +377,13 @@ class Restless(nn.Module):
         return self.head(images.flatten(1)) + torch.rand(1)
 
 
-def test_an_onnx_file_that_says_something_else_is_not_written(tmp_path, capsys):
+def test_an_onnx_file_that_says_something_else_is_not_written(tmp_path):
     network = build(Model(name="test_export:Restless"), 10, 1, (8, 8)).eval()
     facts = {"name": "restless", "classes": list("0123456789"), "channels": 1, "view_size": [8, 8], "architecture": "own",
              "input_channels": 1, "input_size": [8, 8], "mean": [0.5], "std": [0.5]}
     with pytest.raises(UserError, match=r"differ from the original's by up to \d"):
-        export_onnx(RunFolder(tmp_path), [(network, facts)], tmp_path, Console())
-    assert not list(tmp_path.iterdir()) and "is checked on random images" in capsys.readouterr().out
+        export_onnx(RunFolder(tmp_path), [(network, facts)], tmp_path, Console(), random_images=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_packages_that_are_missing_are_named_with_their_remedy():

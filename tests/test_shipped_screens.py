@@ -65,3 +65,15 @@ def test_soft_targets_of_seed_1(text: str):
 @pytest.mark.parametrize("text", SOFT_TARGETS)
 def test_soft_targets_of_four_seeds(text: str):
     assert row(text).endswith(f" | {said_of_soft_targets(SOFT_TARGETS[text])}"), "what they cost, before that, is arithmetic"
+
+
+def trained(file: str) -> dict[str, list[float]]:
+    """Ensembles' validation accuracy by arm, one a training."""
+    found = read_json(SCREENS / f"glyphs-{file}.json")
+    return {one["name"]: [training["ensemble"] for training in one["trainings"]] for one in found["rows"]}
+
+
+def test_a_long_schedule_gains_more_than_soft_targets_do():
+    long, text = trained("long-schedule-seed-1"), (SCREENS.parent / "README.md").read_text()
+    said = ", ".join(f"`{arm}` {100 * found:.1f}" for arm, (found,) in long.items())
+    assert f"{said}," in " ".join(text.split())
