@@ -1,4 +1,5 @@
-"""What was tried for a gain: the tables of launch/studies/README.md follow from the files in launch/studies/screens."""
+"""What was tried for a gain on seeds 1 to 4: tables of launch/studies/README.md follow from files in launch/studies/screens.
+"""
 
 import numpy as np
 import pytest
@@ -32,6 +33,12 @@ SEED_1 = {  # (file, name in it)
     "the top, trained on sharper views": ("sharper-views", "sharper level0"),
     "composed, specialists of sharper views": (
         "sharper-views", "sharper composed with the top of pyramid: specialists' weight 0.5, temperature 1"),
+    "a top of 4,480 steps that sees 42 x 42 pixels": ("higher-resolution", "a top of 4,480 steps at 42 x 42"),
+    "composed, specialists that see 42 x 42 pixels": (
+        "higher-resolution", "specialists at 42 x 42 composed with the top, 28 x 28: weight 0.5"),
+    "a top of 16,300 steps": ("trained-out", "trained-out level0"),
+    "composed, the top and specialists of 6,987 steps": (
+        "trained-out", "trained-out composed with the top of top-long: specialists' weight 0.5, temperature 1"),
 }
 
 
@@ -77,3 +84,9 @@ def test_a_long_schedule_gains_more_than_soft_targets_do():
     long, text = trained("long-schedule-seed-1"), (SCREENS.parent / "README.md").read_text()
     said = ", ".join(f"`{arm}` {100 * found:.1f}" for arm, (found,) in long.items())
     assert f"{said}," in " ".join(text.split())
+
+
+def test_students_on_paths_by_groups():
+    found = trained("students-seed-1")
+    said = " | ".join(", ".join(f"{100 * one:.1f}" for one in found[arm]) for arm in ("top", "composed", "paths by groups"))
+    assert row("two trainings") == f"| two trainings | {said} |"
