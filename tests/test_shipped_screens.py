@@ -87,6 +87,8 @@ def test_a_long_schedule_gains_more_than_soft_targets_do():
 
 
 def test_students_on_paths_by_groups():
-    found = trained("students-seed-1")
-    said = " | ".join(", ".join(f"{100 * one:.1f}" for one in found[arm]) for arm in ("top", "composed", "paths by groups"))
-    assert row("two trainings") == f"| two trainings | {said} |"
+    found, again = trained("paths-by-groups"), trained("students-seed-1")
+    said = " | ".join(of_seeds(found[arm]) for arm in ("top", "composed", "paths by groups", "top-long"))
+    assert row("one training a seed") == f"| one training a seed | {said} |"
+    second = [f"{100 * again[arm][1]:.1f}" for arm in ("top", "composed", "paths by groups")]
+    assert "A second training on seed 1 gave {}, {} and {},".format(*second) in (SCREENS.parent / "README.md").read_text()
